@@ -1,0 +1,366 @@
+"""The batch size and the learning rate follow a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_bsl.data.datamodule import BatchSizeDataModule
+from lightning_bsl.data.sampler import share_of
+from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
+from lightning_bsl.schedules.functions import Function
+from lightning_bsl.schedules.plan import check_fits
+
+
+def plan_fit(
+    schedule: JointSchedule,
+    num_examples: int,
+    max_epochs: int | None = None,
+    max_steps: int = -1,
+    limit_train_batches: float | None = None,
+) -> Plan | None:
+    """The plan of a fit, from the Trainer's arguments; ``None`` for a fit without an end.
+
+    Args:
+        schedule: Batch size and learning rate.
+        num_examples: Training examples of an epoch.
+        max_epochs: As of ``Trainer``; ``None`` or -1 for no bound.
+        max_steps: As of ``Trainer``.
+        limit_train_batches: As of ``Trainer``.
+    """
+    epochs, steps = (None if bound is None or bound < 0 else bound for bound in (max_epochs, max_steps))
+    limit = 1.0 if limit_train_batches is None else limit_train_batches
+    if (epochs is None and steps is None) or epochs == 0 or steps == 0 or limit == 0:
+        return None
+    return plan(schedule, num_examples, epochs=epochs, steps=steps, limit_batches=limit)
+
+
+class BatchLRScheduler(Callback):
+    """Grows the batch size and the learning rate while a model trains.
+
+    With a [`BatchSizeDataModule`][lightning_bsl.BatchSizeDataModule] every optimizer step has exactly the batch size and
+    the learning rate that the schedules give for it, inside an epoch too. With any other DataModule (or LightningModule)
+    that makes its loader from ``self.batch_size`` or ``self.hparams.batch_size`` the batch size changes at epoch
+    boundaries, and the learning rate at every step.
+
+    The batch size is that of one optimizer step, over all processes and accumulated batches. Learning rates are set in
+    every param group; groups keep the ratio to the first one that ``configure_optimizers`` gave them. Logs
+    ``batch_size``, ``lr`` (of the first group) and ``samples`` (examples consumed so far).
+
+    Args:
+        batch_size: An ``int``, a schedule, or a function ``progress -> float``.
+        lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
+            ``None`` to leave the learning rates to the module.
+
+    Raises:
+        ValueError: At fit start: a batch size below 1 or above the data set, a learning rate that is not above 0 and
+            finite, a schedule over a fraction of a run that has no end, a horizon shorter than a warm-up.
+        MisconfigurationException: At fit start: something in the fit that cannot work, with the remedy.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bsl.schedules import Exponential
+        >>> scheduler = BatchLRScheduler(
+        ...     batch_size=Exponential(8, factor=2, every=30, unit="epoch", maximum=4096),
+        ...     lr=Exponential(0.1, factor=1.4, every=30, unit="epoch"),
+        ... )
+        >>> trainer = Trainer(max_epochs=300, callbacks=[scheduler], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, batch_size: Function | int, lr: Function | ScalingRule | float | None = None) -> None:
+        self.schedule = JointSchedule(batch_size, lr)
+        self.plan: Plan | None = None
+        self._epoch_start = Progress()
+        self._progress = Progress()
+        self._setting = BatchLR(1, None)
+        self._ratios: list[float] = []
+        self._reload_every: int | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """The clock: what has been trained so far."""
+        return self._progress
+
+    # --- start of a fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the fit, plan it, and put the first batch size in place."""
+        if stage != "fit":
+            return
+        self._refuse(trainer, pl_module)
+        if trainer.global_step == 0:
+            self._epoch_start = self._progress = Progress()
+        self._set_horizon(
+            Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
+        )
+        datamodule = _own(trainer)
+        if datamodule is not None:
+            self._make_plan(trainer, datamodule.num_epoch_examples)
+            datamodule.follow(cast(Function, self.schedule.batch_size), lambda: self._epoch_start)
+        else:
+            self._set_foreign(trainer, pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the clock."""
+        horizon = self._progress.horizon
+        self._epoch_start = Progress(**state_dict["epoch_start"], horizon=horizon)
+        self._progress = Progress(**state_dict["progress"], horizon=horizon)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock: plain integers."""
+        return {
+            name: {unit: clock.count(unit) for unit in ("epoch", "step", "samples")}
+            for name, clock in (("epoch_start", self._epoch_start), ("progress", self._progress))
+        }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the optimizers and note the ratios of their param groups."""
+        if self.schedule.lr is not None:
+            if trainer.lr_scheduler_configs:
+                names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+                raise MisconfigurationException(
+                    f"`configure_optimizers` returns a learning-rate scheduler ({names}) and BatchLRScheduler has "
+                    f"`lr={self.schedule.lr}`: both would set the learning rate. Return the optimizer alone, or write "
+                    "`lr=None` to leave the learning rate to the module"
+                )
+            rates = [float(group["lr"]) for group in _groups(trainer)]
+            if not rates[0] > 0:
+                raise MisconfigurationException(
+                    f"the optimizer's first param group has lr={rates[0]}, so the other groups have no ratio to it; give it "
+                    "a learning rate above 0"
+                )
+            self._ratios = [rate / rates[0] for rate in rates]
+        if _own(trainer) is None:  # the clock may have been restored since `setup`
+            self._set_foreign(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what can be checked only now, and set the first learning rate."""
+        if _own(trainer) is None:
+            self._check_foreign(trainer)
+            loader = trainer.train_dataloader
+            if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__"):
+                self._make_plan(trainer, len(cast(Sized, loader.dataset)))
+        self._apply(trainer)
+
+    # --- training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the learning rate of the epoch's first step."""
+        if _own(trainer) is None:
+            self._check_foreign(trainer)
+        self._apply(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Give the user's reload interval back: the loader of this epoch is made."""
+        self._restore_reload(trainer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Weigh the loss where processes have unequal shares of the step, whose gradients DDP averages."""
+        if trainer.world_size == 1 or _own(trainer) is None:
+            return
+        examples = self._step_examples(trainer)
+        share = share_of(examples, trainer.global_rank, trainer.world_size)
+        weight = (share.stop - share.start) * trainer.world_size / examples
+        if weight != 1:
+            loss.register_hook(lambda gradient: gradient * weight)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the clock; log the step that was, set the learning rate of the next."""
+        steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if _own(trainer) is not None:
+            examples = self._step_examples(trainer)
+        else:
+            examples = extract_batch_size(batch) * trainer.world_size
+        self._progress = self._progress.advance(examples, int(steps))
+        if not steps:
+            return
+        first = self._progress.step == self._epoch_start.step + 1
+        if first or trainer.should_stop or self._progress.step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]:
+            self._log(trainer, pl_module, on_step=True, on_epoch=False)
+        if not trainer.is_last_batch:
+            self._apply(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log beside the validation metrics."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._log(trainer, pl_module, on_step=False, on_epoch=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log beside the epoch's metrics, then put the next epoch's batch size in place."""
+        self._log(trainer, pl_module, on_step=False, on_epoch=True)
+        if self._epoch_start.epoch > trainer.current_epoch:
+            return  # a resumed run ends the same epoch a second time
+        datamodule = _own(trainer)
+        steps = len(datamodule.train_dataloader()) if datamodule else 0
+        self._epoch_start = self._progress = self._progress.next_epoch()
+        if self._finished():
+            return
+        if datamodule is not None:
+            if len(datamodule.train_dataloader()) != steps:
+                self._reload(trainer)
+        else:
+            self._set_foreign(trainer, pl_module)
+            self._reload(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        self._restore_reload(trainer)
+
+    # --- parts
+
+    def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ``MisconfigurationException`` for what cannot work."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, BatchLRScheduler) for callback in callbacks) > 1:
+            raise MisconfigurationException("there are two BatchLRScheduler among the callbacks; keep one")
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+            raise MisconfigurationException(
+                "GradientAccumulationScheduler changes the batch of an optimizer step behind BatchLRScheduler's back; remove "
+                "it and write the growth as `BatchLRScheduler(batch_size=...)`"
+            )
+        if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
+            raise MisconfigurationException(
+                "BatchSizeFinder sets the batch size that BatchLRScheduler schedules; remove it and bound the schedule with "
+                "`maximum=...`"
+            )
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                "DeepSpeed fixes the batch size in its own configuration, so it cannot grow; use `strategy='ddp'`"
+            )
+        if _own(trainer) is not None:
+            if trainer.accumulate_grad_batches != 1:
+                raise MisconfigurationException(
+                    f"`accumulate_grad_batches={trainer.accumulate_grad_batches}` with a BatchSizeDataModule: its batch size "
+                    "is already that of a whole optimizer step. Write `accumulate_grad_batches=1` and the batch size you want"
+                )
+            return
+        if trainer.datamodule is None and not is_overridden("train_dataloader", pl_module):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "a DataLoader given to `fit` has a fixed batch size. Put your data set in a "
+                "`lightning_bsl.BatchSizeDataModule(train=...)`, or write a LightningDataModule with a `batch_size`, and call "
+                "`fit(model, datamodule=...)`"
+            )
+        if not lightning_hasattr(pl_module, "batch_size"):
+            owner = trainer.datamodule or pl_module  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"{type(owner).__name__} has no `batch_size`, so BatchLRScheduler cannot change it: keep `self.batch_size` (or "
+                "`save_hyperparameters()` with a `batch_size` argument) and read it in `train_dataloader`"
+            )
+
+    def _set_horizon(self, horizon: Horizon) -> None:
+        self._epoch_start = replace(self._epoch_start, horizon=horizon)
+        self._progress = replace(self._progress, horizon=horizon)
+
+    def _make_plan(self, trainer: Trainer, num_examples: int) -> None:
+        """Walk the whole run: every error of the schedules comes now, before the first step."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # a smoke test of the run's beginning; Lightning has overwritten how long the run would be
+            self._set_horizon(Horizon(10**9, 10**12, 10**15))
+            check_fits(self.schedule(self._progress).batch_size, num_examples, self._progress)
+            return
+        self.plan = plan_fit(
+            self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches
+        )
+        if self.plan is None:
+            self.schedule(self._progress)  # no end to plan towards: at least the first step must be possible
+        else:
+            self._set_horizon(self.plan.horizon)
+
+    def _finished(self) -> bool:
+        horizon, progress = self._progress.horizon, self._progress
+        return any(
+            end is not None and count >= end
+            for count, end in ((progress.epoch, horizon.epoch), (progress.step, horizon.step))
+        )
+
+    def _step_examples(self, trainer: Trainer) -> int:
+        """Examples of the current step: the batch size, or what is left of the epoch."""
+        datamodule = cast(BatchSizeDataModule, _own(trainer))
+        behind = self._progress.samples - self._epoch_start.samples
+        return min(self._setting.batch_size, datamodule.num_epoch_examples - behind)
+
+    def _apply(self, trainer: Trainer) -> None:
+        """Look up the next step and set its learning rate."""
+        if self._finished():
+            return
+        clock = self._progress if _own(trainer) is not None else self._epoch_start
+        batch_size = self.schedule.batch_size_at(clock)
+        setting = BatchLR(batch_size, self.schedule.lr_at(self._progress, batch_size))
+        if setting.lr is not None:
+            for group, ratio in zip(_groups(trainer), self._ratios):
+                group["lr"] = setting.lr * ratio
+        self._setting = setting
+
+    def _set_foreign(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set ``batch_size`` where the loader is made: there it counts one process and one accumulated batch."""
+        batch_size = self.schedule.batch_size_at(self._epoch_start)
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        if batch_size % parts:
+            raise MisconfigurationException(
+                f"the batch size {batch_size} at epoch {self._epoch_start.epoch} cannot be split evenly over "
+                f"{trainer.world_size} processes x {trainer.accumulate_grad_batches} accumulated batches: write batch sizes "
+                f"that are multiples of {parts}, or use a `BatchSizeDataModule`"
+            )
+        lightning_setattr(pl_module, "batch_size", batch_size // parts)
+
+    def _check_foreign(self, trainer: Trainer) -> None:
+        """Raise if the loader has another batch size than it was told."""
+        loader = trainer.train_dataloader
+        expected = self.schedule.batch_size_at(self._epoch_start) // (
+            trainer.world_size * trainer.accumulate_grad_batches
+        )
+        actual = getattr(loader, "batch_size", None)
+        if actual is not None and actual != expected:
+            raise MisconfigurationException(
+                f"BatchLRScheduler set `batch_size={expected}` but the training DataLoader has batch_size={actual}: make it "
+                "anew in `train_dataloader`, from `self.batch_size` or `self.hparams.batch_size`"
+            )
+
+    def _reload(self, trainer: Trainer) -> None:
+        """Have Lightning ask for the training loader again, so that all its counts follow the new length."""
+        if self._reload_every is None:
+            self._reload_every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def _restore_reload(self, trainer: Trainer) -> None:
+        if self._reload_every is not None:
+            trainer.reload_dataloaders_every_n_epochs = self._reload_every  # type: ignore[attr-defined]
+            self._reload_every = None
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, on_step: bool, on_epoch: bool) -> None:
+        lr = _groups(trainer)[0]["lr"] if self._setting.lr is None else self._setting.lr
+        values = {"batch_size": self._setting.batch_size, "lr": lr, "samples": self._progress.samples}
+        for name, value in values.items():
+            pl_module.log(
+                name,
+                torch.tensor(value, dtype=torch.float64),  # float32 counts examples only up to 2**24
+                prog_bar=name != "samples",
+                on_step=on_step,
+                on_epoch=on_epoch,
+                reduce_fx="max",
+                batch_size=1,
+            )
+
+
+def _own(trainer: Trainer) -> BatchSizeDataModule | None:
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    return datamodule if isinstance(datamodule, BatchSizeDataModule) else None
+
+
+def _groups(trainer: Trainer) -> list[dict[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -1,0 +1,163 @@
+"""A DataModule whose batch size follows a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from lightning_bsl.data.sampler import GlobalBatchSampler
+from lightning_bsl.schedules import Progress
+from lightning_bsl.schedules.functions import Function
+
+
+class BatchSizeDataModule(LightningDataModule):
+    """Any map-style data sets, in batches whose size a schedule decides.
+
+    With [`BatchLRScheduler`][lightning_bsl.BatchLRScheduler] among the callbacks the batch size follows its schedule,
+    inside an epoch too; without it, it is ``batch_size`` throughout. The batch size is global: the examples of one
+    optimizer step over all processes. With several processes, write ``Trainer(use_distributed_sampler=False)``.
+
+    Args:
+        train: Training set. Subclasses may set ``train_set``, ``val_set`` and ``test_set`` in ``setup`` instead.
+        val: Validation set.
+        test: Test set.
+        batch_size: Global batch size where no schedule says otherwise.
+        eval_batch_size: Batch size for validation and test, of one process.
+        num_workers: Worker processes of each loader; they live as long as the loader.
+        pin_memory: Whether to copy batches to pinned memory; by default where CUDA is available.
+        collate_fn: As of ``torch.utils.data.DataLoader``.
+        seed: Seed of the order of the training examples.
+        shuffle: Whether to shuffle the training examples.
+        samples_per_epoch: Only that many random training examples an epoch; all by default.
+
+    Raises:
+        TypeError: A training set without a length (an ``IterableDataset``).
+        ValueError: A size below 1.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> datamodule = BatchSizeDataModule(TensorDataset(torch.arange(10)), batch_size=4)
+        >>> len(datamodule.train_dataloader())
+        3
+    """
+
+    def __init__(
+        self,
+        train: Dataset[Any] | None = None,
+        val: Dataset[Any] | None = None,
+        test: Dataset[Any] | None = None,
+        *,
+        batch_size: int = 32,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        samples_per_epoch: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"`{name}={value}` must be 1 or more")
+        self.train_set, self.val_set, self.test_set = train, val, test
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.collate_fn = collate_fn
+        self.seed = seed
+        self.shuffle = shuffle
+        self.samples_per_epoch = samples_per_epoch
+        self._schedule: tuple[Function, Callable[[], Progress]] | None = None
+        self._train_loader: DataLoader[Any] | None = None
+
+    @property
+    def num_train_examples(self) -> int:
+        """Examples of the training set."""
+        if self.train_set is None:
+            raise ValueError("there is no training set; give `train`, or set `train_set` in `setup`")
+        if isinstance(self.train_set, IterableDataset) or not hasattr(self.train_set, "__len__"):
+            raise TypeError(
+                f"the training set {type(self.train_set).__name__} has no length, so its batches cannot be planned; "
+                "wrap a map-style data set (with `__len__` and `__getitem__`)"
+            )
+        return len(cast(Sized, self.train_set))
+
+    @property
+    def num_epoch_examples(self) -> int:
+        """Training examples of one epoch."""
+        return self.samples_per_epoch or self.num_train_examples
+
+    def follow(self, batch_size: Function, clock: Callable[[], Progress]) -> None:
+        """Let the batch size follow a schedule.
+
+        Args:
+            batch_size: The schedule.
+            clock: Returns the progress at the start of the current epoch.
+        """
+        self._schedule = (batch_size, clock)
+        self._train_loader = None
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The training loader: the same object every time, so that its workers survive a change of the batch size."""
+        if self._train_loader is None:
+            batch_size, clock = self._schedule or (self.batch_size, self._epoch_clock)
+            rank, world_size = self._process()
+            sampler = GlobalBatchSampler(
+                self.num_train_examples,
+                batch_size,
+                clock,
+                seed=self.seed,
+                shuffle=self.shuffle,
+                rank=rank,
+                world_size=world_size,
+                samples_per_epoch=self.samples_per_epoch,
+            )
+            self._train_loader = DataLoader(
+                cast("Dataset[Any]", self.train_set),
+                batch_sampler=sampler,
+                # a generator of its own: making a loader's iterator must not draw from the global one
+                generator=torch.Generator().manual_seed(self.seed),
+                **self._loader_arguments(),
+            )
+        return self._train_loader
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation loader; none without a validation set."""
+        return self._eval_dataloader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The test loader; none without a test set."""
+        return self._eval_dataloader(self.test_set)
+
+    def teardown(self, stage: str) -> None:
+        """Forget the loader: the next fit may have other processes."""
+        self._train_loader = None
+
+    def _eval_dataloader(self, dataset: Dataset[Any] | None) -> DataLoader[Any] | list[Any]:
+        if dataset is None:
+            return []
+        rank, world_size = self._process()
+        sampler: DistributedSampler[Any] | None = (
+            DistributedSampler(dataset, world_size, rank, shuffle=False) if world_size > 1 else None
+        )
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._loader_arguments())
+
+    def _loader_arguments(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": self.pin_memory,
+            "collate_fn": self.collate_fn,
+        }
+
+    def _process(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _epoch_clock(self) -> Progress:
+        return Progress(epoch=self.trainer.current_epoch if self.trainer else 0)

@@ -1,0 +1,47 @@
+"""A small convolutional network for small images."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import nn
+
+
+def cnn5(in_channels: int = 1, num_classes: int = 10, image_size: int = 28, width: int = 40) -> nn.Module:
+    """Build a 5-layer CNN: three 3x3 convolutions, each followed by ReLU and 2x2 max-pooling, and two linear layers.
+
+    The Fashion-MNIST workload of P4 (Li et al., arXiv 2405.14578) is "a 5-layer CNN"; the paper gives no widths. The
+    default one has 0.2M parameters. Without BatchNorm and dropout the loss is a mean over examples, so that neither
+    micro-batches nor evaluation mode change its gradient.
+
+    Args:
+        in_channels: Channels of an image.
+        num_classes: Number of logits.
+        image_size: Height and width of an image, at least 8.
+        width: Channels of the first convolution; the other two have twice as many.
+
+    Returns:
+        A module that maps ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``.
+
+    Raises:
+        ValueError: If the images are too small for three poolings.
+
+    Example:
+        >>> import torch
+        >>> cnn5()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    if image_size < 8:
+        raise ValueError(f"image_size={image_size} is too small: it is halved three times; give images of 8x8 or more")
+    channels = [in_channels, width, 2 * width, 2 * width]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(channels):
+        layers += [nn.Conv2d(fan_in, fan_out, kernel_size=3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    features = channels[-1] * (image_size // 8) ** 2
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(features, 4 * width),
+        nn.ReLU(inplace=True),
+        nn.Linear(4 * width, num_classes),
+    )

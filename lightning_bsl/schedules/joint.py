@@ -1,0 +1,159 @@
+"""Batch size and learning rate together: one record, one lookup."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule, Warmup
+from lightning_bsl.schedules.progress import Progress
+from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
+
+
+class BatchLR(NamedTuple):
+    """What one optimizer step is taken with.
+
+    Args:
+        batch_size: Examples of the step, over all processes and micro-batches.
+        lr: Learning rate, ``None`` where it is left to the module.
+    """
+
+    batch_size: int
+    lr: float | None
+
+
+@dataclass(frozen=True)
+class JointSchedule:
+    """A batch size and a learning rate for every moment of a run.
+
+    Args:
+        batch_size: An ``int``, a schedule, or a function ``progress -> float``; rounded up to whole examples.
+        lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
+            ``None`` to leave the learning rate to the module.
+
+    Raises:
+        TypeError: An argument of another type.
+        ValueError: When called: a batch size below 1, a learning rate that is not above 0, or one that is not finite.
+
+    Example:
+        >>> schedule = JointSchedule(Exponential(8, factor=2, every=30), Exponential(0.1, factor=1.25, every=30))
+        >>> schedule(Progress(epoch=30))
+        BatchLR(batch_size=16, lr=0.125)
+    """
+
+    batch_size: Function | int
+    lr: Function | ScalingRule | float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("batch_size", "an int, a schedule or a function of progress"),
+            ("lr", "a float, a schedule, a function of progress, a scaling rule or None"),
+        ):
+            value = getattr(self, name)
+            if name == "lr" and value is None:
+                continue
+            if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):
+                raise TypeError(f"`{name}={value!r}` must be {kinds}")
+            if not callable(value):
+                object.__setattr__(self, name, Constant(value))
+        if isinstance(self.batch_size, ScalingRule):
+            raise TypeError(f"`batch_size={self.batch_size}` is a rule for learning rates; write a schedule of progress")
+
+    def __call__(self, progress: Progress) -> BatchLR:
+        """Batch size and learning rate at ``progress``."""
+        batch_size = self.batch_size_at(progress)
+        return BatchLR(batch_size, self.lr_at(progress, batch_size))
+
+    def batch_size_at(self, progress: Progress) -> int:
+        """The batch size at ``progress``, rounded up."""
+        value = self.batch_size(progress)  # type: ignore[operator]  # __post_init__ made it callable
+        if not (math.isfinite(value) and value >= 1 - 1e-9):
+            raise ValueError(
+                f"the batch size is {value} at {_when(progress)}, but a step needs at least 1 example and a finite number of "
+                f"them: change {self.batch_size}, or bound it with `minimum=1` and `maximum=...`"
+            )
+        return math.ceil(value * (1 - 1e-12))  # 8 * 1.1**10 * ... is not to be rounded up for its last bit
+
+    def lr_at(self, progress: Progress, batch_size: int) -> float | None:
+        """The learning rate at ``progress`` for a step of ``batch_size`` examples."""
+        if self.lr is None:
+            return None
+        value = self.lr(batch_size) if isinstance(self.lr, ScalingRule) else self.lr(progress)  # type: ignore[operator]
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"the learning rate is {value} at {_when(progress)}, but it must be finite and above 0: change {self.lr}, or "
+                "bound it with `minimum=...` and `maximum=...`"
+            )
+        return float(value)
+
+    def warn_of(self, progress: Progress) -> str | None:
+        """What theory says against this growth, or ``None``: gamma^2 >= delta (P1, P2).
+
+        Args:
+            progress: A clock with the run's horizon, for schedules over a fraction of the run.
+        """
+        growth = self._growth(progress)
+        if growth is None:
+            return None
+        delta, gamma = growth
+        what = f"the batch grows by delta = {delta:.6g} and the learning rate by gamma = {gamma:.6g} a stage"
+        remedy = f"Write gamma below sqrt(delta) = {math.sqrt(delta):.6g}"
+        if math.isclose(gamma**2, delta, rel_tol=1e-9):
+            return (
+                f"{what}: gamma^2 = delta, the limit of P1's condition gamma^2 < delta. To reach a gradient norm eps takes "
+                f"samples ~ eps^-4 times a logarithm, which is the best exponent there is. {remedy} for P1's bound to hold."
+            )
+        if gamma**2 > delta:
+            ratio = math.log(delta) / math.log(gamma)
+            exponent = 2 * ratio / (ratio - 1) if ratio > 1 else math.inf
+            samples = f"samples ~ eps^-{exponent:.3g}" if math.isfinite(exponent) else "any number of samples, it may never do"
+            return (
+                f"{what}: gamma^2 = {gamma**2:.6g} is above delta, so the gradient noise outgrows the batch (P1 asks for "
+                f"gamma^2 < delta). To reach a gradient norm eps then takes {samples}, against eps^-4 at best. {remedy}."
+            )
+        return None
+
+    def _growth(self, progress: Progress) -> tuple[float, float] | None:
+        """(delta, gamma) per stage of the batch size where both grow geometrically."""
+        batch, lr = self.batch_size, self.lr
+        if not (isinstance(batch, Exponential) and batch.factor > 1):
+            return None
+        if isinstance(lr, LinearScaling):
+            return batch.factor, batch.factor
+        if isinstance(lr, SqrtScaling):
+            return batch.factor, math.sqrt(batch.factor)
+        if isinstance(lr, Exponential) and lr.factor > 1:
+            comparable = lr.unit == batch.unit and isinstance(lr.every, int) == isinstance(batch.every, int)
+            return batch.factor, lr.factor ** (batch.every / lr.every if comparable else 1)
+        if isinstance(lr, Warmup) and (gamma := lr.factor(progress)) > 1:
+            return batch.factor, gamma
+        return None
+
+    def steps_to_change(self, progress: Progress, batch_size: int) -> tuple[float, bool]:
+        """For how many steps from ``progress`` both stay constant inside an epoch.
+
+        Returns:
+            The number of steps (``inf`` for the rest of the epoch), and whether the learning rate changes at every step,
+            in which case only the batch size counts for the number.
+        """
+        batch_steps = _steps_to_change(self.batch_size, progress, batch_size)
+        lr_steps = math.inf if isinstance(self.lr, ScalingRule) else _steps_to_change(self.lr, progress, batch_size)
+        every_step = lr_steps <= 1 and _steps_to_change(self.lr, progress.advance(batch_size), batch_size) <= 1
+        return (batch_steps if every_step else min(batch_steps, lr_steps)), every_step
+
+
+def _steps_to_change(function: object, progress: Progress, batch_size: int) -> float:
+    if function is None:
+        return math.inf
+    if not isinstance(function, Schedule):
+        return 1  # a plain function may change at any step
+    change = function.next_change(progress)
+    if change is None or function.unit == "epoch":
+        return math.inf
+    left = change - progress.count(function.unit)
+    return left if function.unit == "step" else -(-left // batch_size)
+
+
+def _when(progress: Progress) -> str:
+    return str(replace(progress, horizon=type(progress.horizon)())).split(", horizon")[0].replace("Progress(", "")

@@ -1,0 +1,267 @@
+"""The dry run: what a schedule does to a data set, before it happens."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from lightning_bsl.schedules.functions import Exponential, Schedule
+from lightning_bsl.schedules.joint import JointSchedule
+from lightning_bsl.schedules.progress import Horizon, Progress
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch with constant batch size and learning rate.
+
+    A rate that changes at every optimizer step does not end a stage; it goes from ``lr`` to ``last_lr``.
+
+    Args:
+        stage: Index, from 0.
+        first_epoch: Where the stage begins, in epochs.
+        epochs: Its length in epochs.
+        steps: Its length in optimizer steps.
+        samples: Its length in examples; a short last batch of an epoch counts what it holds.
+        batch_size: Examples of one optimizer step.
+        lr: Learning rate of its first step, ``None`` if left to the module.
+        last_lr: Learning rate of its last step.
+    """
+
+    stage: int
+    first_epoch: float
+    epochs: float
+    steps: int
+    samples: int
+    batch_size: int
+    lr: float | None
+    last_lr: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run.
+
+    Args:
+        stages: One after another.
+        num_examples: Examples of one epoch.
+        horizon: The run's length in each unit.
+    """
+
+    stages: tuple[Stage, ...]
+    num_examples: int
+    horizon: Horizon
+
+    @property
+    def epochs(self) -> float:
+        """Epochs in all."""
+        return round(sum(stage.epochs for stage in self.stages), 6)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def samples(self) -> int:
+        """Examples in all."""
+        return sum(stage.samples for stage in self.stages)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one row per stage."""
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Stage)])
+            writer.writeheader()
+            writer.writerows(asdict(stage) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Steps of one epoch with the same batch size, and the same learning rate unless ``every_step``."""
+
+    start: Progress
+    steps: int
+    examples: int
+    batch_size: int
+    every_step: bool
+
+
+def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batches: float = 1.0) -> list[_Run]:
+    """One epoch of ``num_examples`` examples from ``start``, in runs of equal steps.
+
+    Args:
+        schedule: Batch size and learning rate.
+        start: The clock at the start of the epoch.
+        num_examples: Examples of the epoch.
+        limit_batches: As Lightning's ``limit_train_batches``: an ``int`` number of steps, or a fraction of them.
+
+    Raises:
+        ValueError: A batch size above ``num_examples``, or an error of the schedule.
+    """
+    found, position, progress = [], 0, start
+    while position < num_examples:
+        batch_size = schedule.batch_size_at(progress)
+        check_fits(batch_size, num_examples, progress)
+        until, every_step = schedule.steps_to_change(progress, batch_size)
+        steps = int(min(until, -(-(num_examples - position) // batch_size)))
+        examples = min(steps * batch_size, num_examples - position)
+        found.append(_Run(progress, steps, examples, batch_size, every_step))
+        progress = progress.advance(examples, steps)
+        position += examples
+    total = sum(run.steps for run in found)
+    # a bool is an int: Lightning takes True for 1 batch as well
+    return _cut(found, min(total, limit_batches) if isinstance(limit_batches, int) else int(total * limit_batches))
+
+
+def check_fits(batch_size: int, num_examples: int, progress: Progress) -> None:
+    """Raise ``ValueError`` if a batch holds more examples than an epoch."""
+    if batch_size > num_examples:
+        raise ValueError(
+            f"the batch size is {batch_size} at epoch={progress.epoch}, step={progress.step}, but an epoch has only "
+            f"{num_examples} examples; give the batch size a `maximum` of {num_examples} or less"
+        )
+
+
+def _cut(found: list[_Run], steps: int) -> list[_Run]:
+    """The first ``steps`` steps."""
+    kept = []
+    for run in found:
+        if steps <= 0:
+            break
+        if run.steps > steps:
+            run = replace(run, steps=steps, examples=min(steps * run.batch_size, run.examples))
+        kept.append(run)
+        steps -= run.steps
+    return kept
+
+
+def plan(
+    schedule: JointSchedule,
+    num_examples: int,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    samples: int | None = None,
+    limit_batches: float = 1.0,
+) -> Plan:
+    """What ``schedule`` does to ``num_examples`` examples an epoch, until the first horizon given is reached.
+
+    The optimizer step is the grain: a horizon in samples ends with the step that reaches it.
+
+    Args:
+        schedule: Batch size and learning rate.
+        num_examples: Examples of one epoch.
+        epochs: Horizon in epochs.
+        steps: Horizon in optimizer steps.
+        samples: Horizon in examples.
+        limit_batches: As Lightning's ``limit_train_batches``.
+
+    Raises:
+        ValueError: No horizon at all, a horizon below 1, a batch size below 1 or above ``num_examples``, a learning rate
+            that is not above 0 and finite, or a schedule over a fraction of a run whose length is not known in its unit.
+
+    Example:
+        >>> growing = plan(JointSchedule(Exponential(128, factor=2, every=25)), 50_000, epochs=26)
+        >>> [(stage.steps, stage.batch_size) for stage in growing.stages]
+        [(9775, 128), (196, 256)]
+    """
+    given = {"epochs": epochs, "steps": steps, "samples": samples}
+    if all(value is None for value in given.values()):
+        raise ValueError("a plan needs a horizon: write `epochs`, `steps` or `samples`")
+    for name, value in (*given.items(), ("num_examples", num_examples)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}={value}` must be 1 or more")
+    if epochs is not None and samples is None and steps is None and limit_batches == 1.0:
+        samples = epochs * num_examples
+    horizon = Horizon(epochs, steps, samples)
+    # the length in the other units follows from the batch sizes alone, so it is known before the rates are asked
+    lengths = _walk(JointSchedule(schedule.batch_size), num_examples, horizon, horizon, limit_batches)
+    full = Horizon(
+        epochs if epochs is not None else math.ceil(sum(stage.epochs for stage in lengths)),
+        steps if steps is not None else sum(stage.steps for stage in lengths),
+        samples if samples is not None else sum(stage.samples for stage in lengths),
+    )
+    stages = _walk(schedule, num_examples, full, horizon, limit_batches)
+    start = Progress(horizon=full)
+    for message in filter(None, (schedule.warn_of(start), _warn_of_maximum(schedule, stages))):
+        warnings.warn(message, stacklevel=2)
+    return Plan(tuple(stages), num_examples, full)
+
+
+def _walk(schedule: JointSchedule, num_examples: int, horizon: Horizon, end: Horizon, limit_batches: float) -> list[Stage]:
+    stages: list[Stage] = []
+    previous_varies = False
+    for epoch, run in _until(schedule, num_examples, Progress(horizon=horizon), end, limit_batches):
+        share, first_epoch = epoch
+        lr, last_lr, varies = _rates(schedule, run)
+        previous = stages[-1] if stages else None
+        if previous and previous.batch_size == run.batch_size and varies == previous_varies and (varies or previous.lr == lr):
+            stages[-1] = replace(
+                previous,
+                epochs=previous.epochs + share,
+                steps=previous.steps + run.steps,
+                samples=previous.samples + run.examples,
+                last_lr=last_lr,
+            )
+        else:
+            stages.append(Stage(len(stages), first_epoch, share, run.steps, run.examples, run.batch_size, lr, last_lr))
+        previous_varies = varies
+    return [replace(stage, epochs=round(stage.epochs, 6), first_epoch=round(stage.first_epoch, 6)) for stage in stages]
+
+
+def _until(
+    schedule: JointSchedule, num_examples: int, progress: Progress, end: Horizon, limit_batches: float
+) -> Iterator[tuple[tuple[float, float], _Run]]:
+    """The runs of every epoch up to ``end``, each with its length and its start in epochs."""
+    while end.epoch is None or progress.epoch < end.epoch:
+        epoch = runs(schedule, progress, num_examples, limit_batches)
+        examples = sum(run.examples for run in epoch)
+        if not epoch:
+            raise ValueError(f"`limit_batches={limit_batches}` leaves no step of epoch {progress.epoch}; raise it")
+        behind = 0
+        for run in epoch:
+            steps = run.steps
+            if end.step is not None:
+                steps = min(steps, end.step - run.start.step)
+            if end.samples is not None:
+                steps = min(steps, -(-(end.samples - run.start.samples) // run.batch_size))
+            if steps <= 0:
+                return
+            for kept in _cut([run], steps):
+                yield (kept.examples / examples, progress.epoch + behind / examples), kept
+                behind += kept.examples
+                progress = kept.start.advance(kept.examples, kept.steps)
+            if steps < run.steps:
+                return
+        progress = progress.next_epoch()
+
+
+def _rates(schedule: JointSchedule, run: _Run) -> tuple[float | None, float | None, bool]:
+    """The learning rate of the first and the last step of a run, and whether it changes in between."""
+    last = run.steps - 1
+
+    def rate(step: int) -> float | None:
+        return schedule.lr_at(run.start.advance(step * run.batch_size, step), run.batch_size)
+
+    if not run.every_step or isinstance(schedule.lr, Schedule):
+        return rate(0), rate(last), run.every_step
+    rates = [rate(step) for step in range(run.steps)]  # a plain function: nobody knows its shape, so every step is asked
+    return rates[0], rates[-1], len(set(rates)) > 1
+
+
+def _warn_of_maximum(schedule: JointSchedule, stages: list[Stage]) -> str | None:
+    batch, lr = schedule.batch_size, schedule.lr
+    if not (isinstance(batch, Schedule) and batch.maximum and isinstance(lr, Exponential) and lr.factor > 1):
+        return None
+    for before, after in itertools.pairwise(stages):
+        if before.batch_size == after.batch_size == math.ceil(batch.maximum) and after.lr != before.lr:
+            return (
+                f"from epoch {after.first_epoch:g} on the batch size is at its maximum {after.batch_size} while the learning "
+                f"rate still grows, so the gradient noise grows with it (V_T of P1 no longer vanishes). Give the rate "
+                f"`maximum={before.lr:.6g}`, or shorten the run"
+            )
+    return None

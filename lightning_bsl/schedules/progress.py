@@ -1,0 +1,92 @@
+"""The clock that every schedule reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+Unit = Literal["epoch", "step", "samples"]
+UNITS: tuple[str, ...] = get_args(Unit)
+
+
+def check_unit(unit: str) -> None:
+    """Raise ``ValueError`` unless ``unit`` names one of the clocks of [`Progress`][]."""
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}; write one of {', '.join(map(repr, UNITS))}")
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run is, in each unit; ``None`` where that is not known.
+
+    Args:
+        epoch: Epochs of the run.
+        step: Optimizer steps of the run.
+        samples: Examples the run consumes.
+    """
+
+    epoch: int | None = None
+    step: int | None = None
+    samples: int | None = None
+
+    def total(self, unit: Unit) -> int:
+        """The run's length in ``unit``.
+
+        Raises:
+            ValueError: The length is not known in this unit.
+        """
+        check_unit(unit)
+        length: int | None = getattr(self, unit)
+        if length is None:
+            raise ValueError(
+                f"a schedule asks for the run's length in unit {unit!r}, which is not known here: give the schedule a "
+                "number of its own (`total=...`, an integer `every=...` or `over=...`), or bound the run in that unit "
+                "(`max_epochs` in epochs, `max_steps` in steps; -1 is no bound)"
+            )
+        return length
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: the only thing a schedule may depend on.
+
+    Args:
+        epoch: Completed epochs.
+        step: Completed optimizer steps.
+        samples: Examples consumed so far, over all processes. This is the papers' SFO complexity.
+        horizon: The run's length, for schedules over a fraction of it.
+
+    Example:
+        >>> Progress().advance(8).advance(8)
+        Progress(epoch=0, step=2, samples=16, horizon=Horizon(epoch=None, step=None, samples=None))
+    """
+
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0
+    horizon: Horizon = Horizon()
+
+    def count(self, unit: Unit) -> int:
+        """The clock's reading in ``unit``."""
+        check_unit(unit)
+        reading: int = getattr(self, unit)
+        return reading
+
+    def advance(self, examples: int, steps: int = 1) -> Progress:
+        """The clock after ``steps`` optimizer steps over ``examples`` examples in all."""
+        return Progress(self.epoch, self.step + steps, self.samples + examples, self.horizon)
+
+    def next_epoch(self) -> Progress:
+        """The clock at the start of the next epoch."""
+        return Progress(self.epoch + 1, self.step, self.samples, self.horizon)
+
+    def since(self, count: int, unit: Unit) -> Progress:
+        """The clock of a schedule that starts when this one reads ``count`` in ``unit``.
+
+        Only the clock and the horizon in ``unit`` are shifted.
+        """
+        horizon = self.horizon
+        length: int | None = getattr(horizon, unit)
+        if length is not None:
+            horizon = replace(horizon, **{unit: length - count})
+        return replace(self, **{unit: self.count(unit) - count}, horizon=horizon)

@@ -1,0 +1,193 @@
+"""Speed, against bounds: ``python scripts/benchmark.py data`` and so on; ``--help`` lists the subjects.
+
+Prints a table, then one line for each bound: ``NAME: ratio X, bound Y``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import datasets
+from torchvision import transforms as T
+
+from lightning_bsl.data import CIFAR10, FashionMNIST, ImageDataModule, ImageTensors
+
+BATCH_SIZES = (128, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A ratio that should reach its bound."""
+
+    name: str
+    ratio: float
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: ratio {self.ratio:.3g}, bound {self.bound:g}"
+
+
+def rates(candidates: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Measure candidates in turn, so that a slow spell of the machine hits all of them.
+
+    Args:
+        candidates: Functions that return how many items they processed; each is called once more to warm up.
+        rounds: Measurements of each.
+
+    Returns:
+        Median items per second of each.
+    """
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    for measured in [False] + rounds * [True]:
+        for name, candidate in candidates.items():
+            start = time.perf_counter()
+            items = candidate()
+            if measured:
+                found[name].append(items / (time.perf_counter() - start))
+    return {name: median(values) for name, values in found.items()}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align a table, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    return "\n".join(lines)
+
+
+# --- data: images per second on their way to the model, against torchvision's data sets and against plain indexing ---
+
+
+def data(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare image pipelines: grey images of 28x28, not augmented, and colour images of 32x32, augmented as in P1."""
+    rows, bounds = [], []
+    for shape, kind, root, torchvision_set in (
+        ("fashion_mnist", FashionMNIST, arguments.fashion_mnist_root, _torchvision_fashion_mnist),
+        ("cifar", CIFAR10, arguments.cifar10_root, _torchvision_cifar10),
+    ):
+        images = _training_set(kind, root)
+        theirs = torchvision_set(images)
+        for batch_size in BATCH_SIZES:
+            candidates = {"ours": partial(_ours, _datamodule(kind, images, batch_size))}
+            if shape == "fashion_mnist":
+                candidates["bare"] = partial(_bare, images, batch_size)
+            for workers in (0, 2):
+                candidates[f"torchvision {workers}"] = partial(
+                    _theirs, _torchvision_loader(theirs, batch_size, workers)
+                )
+            found = rates(candidates, arguments.rounds)
+
+            name = f"data/{shape}/{batch_size}"
+            best = max(found["torchvision 0"], found["torchvision 2"])
+            bounds.append(Bound(f"{name}/vs_torchvision", found["ours"] / best, 60 if "bare" in found else 5))
+            if "bare" in found:
+                bounds.append(Bound(f"{name}/vs_bare", found["ours"] / found["bare"], 0.5))
+            rows.append(
+                [f"{shape}/{batch_size}", *(f"{found[key]:,.0f}" if key in found else "" for key in _PIPELINES)]
+            )
+    print("images per second, medians")
+    print(table(["shape/batch size", *_PIPELINES], rows))
+    return bounds
+
+
+_PIPELINES = ("ours", "bare", "torchvision 0", "torchvision 2")  # the figures: worker processes
+
+
+def _training_set(kind: type[ImageDataModule], root: str | None) -> ImageTensors:
+    """Return the real training set, or random bytes of the same shape."""
+    if root is not None:
+        return ImageTensors(*kind(root).read("train"))
+    shape = (kind.train_size, kind.in_channels, kind.image_size, kind.image_size)
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    return ImageTensors(images, torch.randint(kind.num_classes, shape[:1]))
+
+
+def _datamodule(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
+    datamodule = kind(batch_size=batch_size)
+    datamodule.train_set = images
+    trainer: Any = SimpleNamespace(training=True, current_epoch=0, global_rank=0, world_size=1)
+    datamodule.trainer = trainer  # all that the DataModule asks of one
+    return datamodule
+
+
+def _ours(datamodule: ImageDataModule) -> int:
+    """Make the batches of an epoch, as Lightning would."""
+    return sum(len(datamodule.on_after_batch_transfer(batch, 0)[0]) for batch in datamodule.train_dataloader())
+
+
+def _bare(images: ImageTensors, batch_size: int) -> int:
+    """Do no more than needed: permute, index, make floats, normalise."""
+    scale, shift = 1 / (255 * FashionMNIST.std[0]), -FashionMNIST.mean[0] / FashionMNIST.std[0]
+    done = 0
+    for rows in torch.randperm(len(images)).split(batch_size):
+        batch = images.images[rows].float().mul_(scale).add_(shift), images.labels[rows]
+        done += len(batch[0])
+    return done
+
+
+def _torchvision_fashion_mnist(images: ImageTensors) -> Dataset[Any]:
+    """Let torchvision read the images from idx files."""
+    normalise = T.Normalize(FashionMNIST.mean, FashionMNIST.std)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for kind, values in (("images-idx3", images.images[:, 0]), ("labels-idx1", images.labels.byte())):
+            header = struct.pack(f">{values.ndim + 1}I", 2048 + values.ndim, *values.shape)
+            for split in ("train", "t10k"):
+                (raw / f"{split}-{kind}-ubyte").write_bytes(header + values.numpy().tobytes())
+        return cast("Dataset[Any]", datasets.FashionMNIST(folder, transform=T.Compose([T.ToTensor(), normalise])))
+
+
+def _torchvision_cifar10(images: ImageTensors) -> Dataset[Any]:
+    """Give the images to torchvision's class, without files and their checksums."""
+    theirs = datasets.CIFAR10.__new__(datasets.CIFAR10)
+    theirs.data = images.images.permute(0, 2, 3, 1).contiguous().numpy()
+    theirs.targets = images.labels.tolist()
+    theirs.target_transform = None
+    augment = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.RandomRotation(15)]
+    theirs.transform = T.Compose([*augment, T.ToTensor(), T.Normalize(CIFAR10.mean, CIFAR10.std)])
+    return cast("Dataset[Any]", theirs)
+
+
+def _torchvision_loader(theirs: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
+    part = Subset(theirs, range(max(4096, workers * batch_size)))  # slow; and each worker needs a batch
+    # Persistent workers: an epoch starts them once, this measurement must not do so for a few batches.
+    return DataLoader(part, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+
+def _theirs(loader: DataLoader[Any]) -> int:
+    return sum(len(labels) for _, labels in loader)
+
+
+def main() -> None:
+    """Run the subject named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each candidate")
+    subjects = parser.add_subparsers(required=True)
+
+    subject = subjects.add_parser("data", help="the image pipelines")
+    subject.add_argument("--fashion-mnist-root", help="folder of the real Fashion-MNIST; random images by default")
+    subject.add_argument("--cifar10-root", help="folder of the real CIFAR-10; random images by default")
+    subject.set_defaults(run=data)
+
+    arguments = parser.parse_args()
+    for bound in arguments.run(arguments):
+        print(bound)
+
+
+if __name__ == "__main__":
+    main()
