@@ -86,9 +86,8 @@ def data(arguments: argparse.Namespace) -> list[Bound]:
             if shape == "fashion_mnist":
                 candidates["bare"] = partial(_bare, images, batch_size)
             for workers in (0, 2):
-                candidates[f"torchvision {workers}"] = partial(
-                    _theirs, _torchvision_loader(theirs, batch_size, workers)
-                )
+                loader = _torchvision_loader(theirs, batch_size, workers)
+                candidates[f"torchvision {workers}"] = partial(_theirs, loader)
             found = rates(candidates, arguments.rounds)
 
             name = f"data/{shape}/{batch_size}"
@@ -96,9 +95,8 @@ def data(arguments: argparse.Namespace) -> list[Bound]:
             bounds.append(Bound(f"{name}/vs_torchvision", found["ours"] / best, 60 if "bare" in found else 5))
             if "bare" in found:
                 bounds.append(Bound(f"{name}/vs_bare", found["ours"] / found["bare"], 0.5))
-            rows.append(
-                [f"{shape}/{batch_size}", *(f"{found[key]:,.0f}" if key in found else "" for key in _PIPELINES)]
-            )
+            figures = (f"{found[key]:,.0f}" if key in found else "" for key in _PIPELINES)
+            rows.append([f"{shape}/{batch_size}", *figures])
     print("images per second, medians")
     print(table(["shape/batch size", *_PIPELINES], rows))
     return bounds
@@ -134,8 +132,8 @@ def _bare(images: ImageTensors, batch_size: int) -> int:
     scale, shift = 1 / (255 * FashionMNIST.std[0]), -FashionMNIST.mean[0] / FashionMNIST.std[0]
     done = 0
     for rows in torch.randperm(len(images)).split(batch_size):
-        batch = images.images[rows].float().mul_(scale).add_(shift), images.labels[rows]
-        done += len(batch[0])
+        pixels, labels = images.images.index_select(0, rows), images.labels.index_select(0, rows)
+        done += len((pixels.float().mul_(scale).add_(shift), labels)[1])
     return done
 
 

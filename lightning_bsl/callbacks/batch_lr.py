@@ -190,7 +190,8 @@ class BatchLRScheduler(Callback):
         if not steps:
             return
         first = self._progress.step == self._epoch_start.step + 1
-        if first or trainer.should_stop or self._progress.step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if first or trainer.should_stop or (every and self._progress.step % every == 0):
             self._log(trainer, pl_module, on_step=True, on_epoch=False)
         if not trainer.is_last_batch:
             self._apply(trainer)
@@ -273,9 +274,7 @@ class BatchLRScheduler(Callback):
             self._set_horizon(Horizon(10**9, 10**12, 10**15))
             check_fits(self.schedule(self._progress).batch_size, num_examples, self._progress)
             return
-        self.plan = plan_fit(
-            self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches
-        )
+        self.plan = plan_fit(self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
         if self.plan is None:
             self.schedule(self._progress)  # no end to plan towards: at least the first step must be possible
         else:
@@ -284,8 +283,7 @@ class BatchLRScheduler(Callback):
     def _finished(self) -> bool:
         horizon, progress = self._progress.horizon, self._progress
         return any(
-            end is not None and count >= end
-            for count, end in ((progress.epoch, horizon.epoch), (progress.step, horizon.step))
+            end is not None and count >= end for count, end in ((progress.epoch, horizon.epoch), (progress.step, horizon.step))
         )
 
     def _step_examples(self, trainer: Trainer) -> int:
@@ -321,9 +319,7 @@ class BatchLRScheduler(Callback):
     def _check_foreign(self, trainer: Trainer) -> None:
         """Raise if the loader has another batch size than it was told."""
         loader = trainer.train_dataloader
-        expected = self.schedule.batch_size_at(self._epoch_start) // (
-            trainer.world_size * trainer.accumulate_grad_batches
-        )
+        expected = self.schedule.batch_size_at(self._epoch_start) // (trainer.world_size * trainer.accumulate_grad_batches)
         actual = getattr(loader, "batch_size", None)
         if actual is not None and actual != expected:
             raise MisconfigurationException(

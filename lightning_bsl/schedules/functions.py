@@ -194,9 +194,7 @@ class _Decay(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.total is not None and self.total < 1:
-            raise ValueError(
-                f"`total={self.total}` is not a length: write an int of 1 or more, or leave it out (the run)"
-            )
+            raise ValueError(f"`total={self.total}` is not a length: write an int of 1 or more, or leave it out (the run)")
 
     def fraction(self, progress: Progress) -> float:
         """The share of the decay that lies behind, 0 to 1."""
@@ -245,7 +243,7 @@ class PolynomialDecay(_Decay):
 
     def value(self, progress: Progress) -> float:
         """The decayed value."""
-        return float((self.start - self.end) * (1 - self.fraction(progress)) ** self.power + self.end
+        return float((self.start - self.end) * (1 - self.fraction(progress)) ** self.power + self.end)
 
 
 @dataclass(frozen=True)
