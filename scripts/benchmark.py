@@ -9,7 +9,7 @@ import argparse
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ class Bound:
         return f"{self.name}: ratio {self.ratio:.3g}, bound {self.bound:g}"
 
 
-def rates(candidates: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+def rates(candidates: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
     """Measure candidates in turn, so that a slow spell of the machine hits all of them.
 
     Args:
@@ -130,11 +130,12 @@ def _ours(datamodule: ImageDataModule) -> int:
 def _bare(images: ImageTensors, batch_size: int) -> int:
     """Do no more than needed: permute, index, make floats, normalise."""
     scale, shift = 1 / (255 * FashionMNIST.std[0]), -FashionMNIST.mean[0] / FashionMNIST.std[0]
-    done = 0
-    for rows in torch.randperm(len(images)).split(batch_size):
-        pixels, labels = images.images.index_select(0, rows), images.labels.index_select(0, rows)
-        done += len((pixels.float().mul_(scale).add_(shift), labels)[1])
-    return done
+    order = torch.randperm(len(images))
+    for start in range(0, len(images), batch_size):
+        rows = order[start : start + batch_size]
+        images.images.index_select(0, rows).float().mul_(scale).add_(shift)
+        images.labels.index_select(0, rows)
+    return len(images)
 
 
 def _torchvision_fashion_mnist(images: ImageTensors) -> Dataset[Any]:

@@ -53,7 +53,8 @@ class Classifier(LightningModule):
         self._compile = compile
         self._channels_last = channels_last
         # Checks for NaN and for the range of labels would wait for the GPU at every step. In training a mean of hits
-        # stands for the accuracy: the same number as MulticlassAccuracy's, whose update takes 80 us against 30.
+        # stands for the accuracy: the same number as MulticlassAccuracy's, whose update takes 80 us against 30. Losses
+        # are given once for each example because, with "disable", torchmetrics 1.9 ignores the weights.
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_accuracy = MeanMetric(nan_strategy="disable")
         self.val_loss = MeanMetric(nan_strategy="disable")
@@ -86,7 +87,7 @@ class Classifier(LightningModule):
         images, labels = batch
         logits = self(images)
         loss: Tensor = self.loss(logits, labels)
-        self.train_loss.update(loss.detach(), len(labels))
+        self.train_loss.update(loss.detach().expand(len(labels)))
         self.train_accuracy.update(logits.detach().argmax(dim=1) == labels)
         self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
@@ -117,5 +118,5 @@ class Classifier(LightningModule):
     def _evaluate(self, batch: Batch, loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
         logits = self(images)
-        loss.update(self.loss(logits, labels), len(labels))
+        loss.update(self.loss(logits, labels).expand(len(labels)))
         accuracy.update(logits, labels)

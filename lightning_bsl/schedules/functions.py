@@ -148,7 +148,7 @@ class Polynomial(Schedule):
 
     Example:
         >>> [Polynomial(8, slope=4, every=10)(Progress(epoch=epoch)) for epoch in (0, 10, 20)]
-        [8, 12, 16]
+        [8.0, 12.0, 16.0]
     """
 
     start: float

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule, Warmup
+from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule
 from lightning_bsl.schedules.progress import Progress
 from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
 
@@ -87,13 +87,9 @@ class JointSchedule:
             )
         return float(value)
 
-    def warn_of(self, progress: Progress) -> str | None:
-        """What theory says against this growth, or ``None``: gamma^2 >= delta (P1, P2).
-
-        Args:
-            progress: A clock with the run's horizon, for schedules over a fraction of the run.
-        """
-        growth = self._growth(progress)
+    def warn_of(self) -> str | None:
+        """What theory says against this growth, or ``None``: gamma^2 >= delta (P1, P2)."""
+        growth = self._growth()
         if growth is None:
             return None
         delta, gamma = growth
@@ -114,7 +110,7 @@ class JointSchedule:
             )
         return None
 
-    def _growth(self, progress: Progress) -> tuple[float, float] | None:
+    def _growth(self) -> tuple[float, float] | None:
         """(delta, gamma) per stage of the batch size where both grow geometrically."""
         batch, lr = self.batch_size, self.lr
         if not (isinstance(batch, Exponential) and batch.factor > 1):
@@ -126,8 +122,6 @@ class JointSchedule:
         if isinstance(lr, Exponential) and lr.factor > 1:
             comparable = lr.unit == batch.unit and isinstance(lr.every, int) == isinstance(batch.every, int)
             return batch.factor, lr.factor ** (batch.every / lr.every if comparable else 1)
-        if isinstance(lr, Warmup) and (gamma := lr.factor(progress)) > 1:
-            return batch.factor, gamma
         return None
 
     def steps_to_change(self, progress: Progress, batch_size: int) -> tuple[float, bool]:

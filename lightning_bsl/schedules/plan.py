@@ -186,8 +186,7 @@ def plan(
         samples if samples is not None else sum(stage.samples for stage in lengths),
     )
     stages = _walk(schedule, num_examples, full, horizon, limit_batches)
-    start = Progress(horizon=full)
-    for message in filter(None, (schedule.warn_of(start), _warn_of_maximum(schedule, stages))):
+    for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages))):
         warnings.warn(message, stacklevel=2)
     return Plan(tuple(stages), num_examples, full)
 

@@ -1,0 +1,62 @@
+"""From a composed Hydra configuration (``conf/``) to the objects of a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sized
+from typing import Any, cast
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, Trainer
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from lightning_bsl.callbacks import BatchLRScheduler, plan_fit
+from lightning_bsl.data import BatchSizeDataModule
+from lightning_bsl.schedules import Plan
+
+
+def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: LightningDataModule) -> Plan | None:
+    """The plan of the run that ``cfg`` describes; ``None`` for a run without an end.
+
+    Args:
+        cfg: The composed configuration; ``trainer`` gives the horizon.
+        scheduler: The scheduler of the run.
+        datamodule: Its data. Not loaded if they are a `BatchSizeDataModule` that knows its size.
+
+    Raises:
+        ValueError: A schedule that cannot be run on these data, or over this horizon.
+    """
+    trainer = cfg.trainer
+    return plan_fit(
+        scheduler.schedule,
+        _num_epoch_examples(datamodule),
+        trainer.get("max_epochs"),
+        trainer.get("max_steps", -1),
+        trainer.get("limit_train_batches"),
+    )
+
+
+def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
+    """The Trainer of the run, with its loggers and callbacks."""
+    # known and meant: the run's folder holds more than metrics, and late stages have few, large batches
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own
+    warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck")
+    callbacks = [scheduler, instantiate(cfg.checkpoint), *instantiate(cfg.callbacks).values()]
+    return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=list(instantiate(cfg.logger).values())))
+
+
+def _num_epoch_examples(datamodule: LightningDataModule) -> int:
+    if isinstance(datamodule, BatchSizeDataModule):
+        try:
+            return datamodule.num_epoch_examples
+        except ValueError:  # the sets are made in `setup`
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+            return datamodule.num_epoch_examples
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    loader: DataLoader[Any] = datamodule.train_dataloader()
+    return len(cast(Sized, loader.dataset))

@@ -1,0 +1,44 @@
+"""Train a model while its batch size and learning rate grow: `python scripts/train.py data=cifar100 model=resnet18`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from lightning.pytorch import seed_everything
+from omegaconf import DictConfig
+
+from lightning_bsl.experiment import make_plan, make_trainer
+from lightning_bsl.report import console, plan_table, plot_run, read_metrics, run_table
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Train as configured; returns the last validation accuracy, for sweepers to maximise."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = instantiate(cfg.data)
+    scheduler = instantiate(cfg.scheduler)
+    model = instantiate(cfg.model)
+    plan = make_plan(cfg, scheduler, datamodule)
+    trainer = make_trainer(cfg, scheduler)
+    out, folder = console(), Path(cfg.output_dir)
+    if plan is not None and trainer.is_global_zero:
+        plan.to_csv(folder / "plan.csv")
+        out.print(plan_table(plan))
+    trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path)
+    if trainer.is_global_zero and (folder / "metrics.csv").exists():
+        rows = read_metrics(folder / "metrics.csv")
+        if plan is not None:
+            out.print(run_table(plan, rows))
+        try:
+            plot_run(rows, folder / "curves.png")
+        except ModuleNotFoundError as error:
+            out.print(f"no curves.png: {error}")
+        out.print(f"{folder}: config in .hydra, plan.csv, metrics.csv, curves.png, checkpoints", soft_wrap=True)
+    accuracy = trainer.callback_metrics.get("val/accuracy")
+    return None if accuracy is None else float(accuracy)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The command lines, run as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIRST_COLUMNS = ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
+
+
+def run(script: str, *overrides: str, folder: Path, fails: bool = False) -> str:
+    """Run a script with ``folder`` as its Hydra output folder; returns all it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYDRA_FULL_ERROR": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", *overrides],
+        cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_first_command_learns_the_digits(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    printed = run("train.py", "trainer.enable_progress_bar=false", folder=folder)
+    metrics, stages = read(folder / "metrics.csv"), read(folder / "plan.csv")
+    assert max(float(row["val/accuracy"]) for row in metrics if row["val/accuracy"]) >= 0.95
+    assert len({row["batch_size"] for row in metrics}) >= 4  # grown at least three times
+    assert list(stages[0])[:7] == FIRST_COLUMNS
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert (folder / ".hydra" / "config.yaml").exists()
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert "val acc" in printed and "512" in printed
+
+
+@pytest.mark.parametrize("overrides", [
+    ("scheduler=increasing_both", "trainer.max_epochs=6"),
+    ("scheduler=increasing_decaying", "scheduler/lr=diminishing", "trainer.max_epochs=3"),
+    ("scheduler=increasing_decaying", "scheduler/lr=polynomial", "scheduler/batch_size=polynomial", "trainer.max_epochs=4"),
+    ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step", "trainer.max_epochs=-1", "trainer.max_steps=300"),
+    ("trainer.limit_train_batches=0.3", "trainer.max_epochs=5"),
+])  # fmt: skip
+def test_metrics_are_as_planned(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    run("plan.py", *overrides, folder=tmp_path / "plan")
+    run("train.py", *overrides, "trainer.log_every_n_steps=7", "trainer.enable_progress_bar=false", folder=tmp_path / "run")
+    planned = (tmp_path / "plan" / "plan.csv").read_text()
+    assert (tmp_path / "run" / "plan.csv").read_text() == planned
+    assert (tmp_path / "plan" / "plan.png").exists()
+
+    stages, rows = read(tmp_path / "plan" / "plan.csv"), read(tmp_path / "run" / "metrics.csv")
+    assert int(rows[-1]["step"]) + 1 == sum(int(stage["steps"]) for stage in stages)
+    assert float(rows[-1]["samples"]) == sum(int(stage["samples"]) for stage in stages)
+    for row in rows:
+        done, start = int(row["step"]) + 1, 0
+        for stage in stages:
+            if start < done <= start + int(stage["steps"]):
+                break
+            start += int(stage["steps"])
+        assert float(row["batch_size"]) == int(stage["batch_size"])
+        low, high = sorted((float(stage["lr"]), float(stage["last_lr"])))
+        assert low <= float(row["lr"]) <= high
+        whole = sum(int(s["samples"]) for s in stages if int(s["stage"]) < int(stage["stage"]))
+        assert whole < float(row["samples"]) <= whole + int(stage["samples"])
+
+
+def test_sweep_of_the_four_cases(tmp_path: Path) -> None:
+    run("train.py", "-m", "scheduler=constant_decaying,increasing_decaying,increasing_both,increasing_warmup", "seed=0,1",
+        "trainer.max_epochs=4", "trainer.enable_progress_bar=false", folder=tmp_path / "sweep")  # fmt: skip
+    runs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/metrics.csv"))
+    assert len(runs) == 8
+    assert all((folder / "curves.png").exists() for folder in runs)
+
+
+def test_resumes_from_a_checkpoint(tmp_path: Path) -> None:
+    common = ("scheduler.batch_size.every=2", "scheduler.lr.every=2", "trainer.enable_progress_bar=false")
+    run("train.py", *common, "trainer.max_epochs=8", folder=tmp_path / "whole")
+    run("train.py", *common, "trainer.max_epochs=4", folder=tmp_path / "first")
+    run("train.py", *common, "trainer.max_epochs=8", f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt", folder=tmp_path / "then")
+    whole, then = read(tmp_path / "whole" / "metrics.csv"), read(tmp_path / "then" / "metrics.csv")
+    columns = ("epoch", "step", "samples", "batch_size", "lr", "train/loss", "val/loss", "val/accuracy")
+    expected = [[row[name] for name in columns] for row in whole if int(row["epoch"]) >= 4]
+    assert [[row[name] for name in columns] for row in then if int(row["epoch"]) >= 4] == expected
+
+
+@pytest.mark.parametrize("overrides, messages", [
+    (("scheduler=adaptative",), ("adaptative", "increasing_both")),
+    (("trainer.max_epoch=3",), ("max_epoch",)),
+    (("scheduler.batch_size.unit=epochs",), ("'epochs'", "'epoch'", "'samples'")),
+    (("scheduler.batch_size.every=0",), ("every=0",)),
+    (("scheduler.batch_size.factor=0.5",), ("batch size is 0.5", "minimum=1")),
+    (("scheduler.batch_size.factor=-2",), ("factor=-2",)),
+    (("scheduler.batch_size.maximum=4096", "trainer.max_epochs=30"), ("1440", "maximum")),
+    (("scheduler/lr=constant", "optimizer.lr=0"), ("learning rate is 0",)),
+    (("scheduler.lr.start=-0.1",), ("-0.1",)),
+    (("scheduler.lr.start=.nan",), ("nan",)),
+    (("scheduler=increasing_warmup", "trainer.max_epochs=1"), ("warm-up", "longer")),
+    (("trainer.max_epochs=-1",), ("max_epochs", "every")),
+    (("data=cifar10", "data.root=nowhere"), ("nowhere", "data.root", "data.download=true")),
+])  # fmt: skip
+def test_bad_input_is_refused_before_training(overrides: tuple[str, ...], messages: tuple[str, ...], tmp_path: Path) -> None:
+    printed = run("train.py", *overrides, folder=tmp_path / "run", fails=True)
+    for message in messages:
+        assert message in printed, printed
+    assert not (tmp_path / "run" / "metrics.csv").exists()

@@ -1,0 +1,82 @@
+"""Every file under conf/ composes and instantiates."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import DictConfig
+
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl.experiment import make_plan, make_trainer
+
+CONF = Path(__file__).parents[1] / "conf"
+CHOICES = sorted(
+    (str(file.parent.relative_to(CONF)), file.stem) for file in CONF.rglob("*.yaml") if file.parent != CONF
+)
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize("group, choice", CHOICES)
+def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_path: Path) -> None:
+    if choice == "wandb":
+        pytest.importorskip("wandb")
+    cfg = compose_config(f"{group}={choice}", f"hydra.runtime.output_dir={tmp_path}")
+    scheduler = instantiate(cfg.scheduler)
+    assert isinstance(scheduler, BatchLRScheduler)
+    datamodule = instantiate(cfg.data)
+    assert isinstance(datamodule, BatchSizeDataModule)
+    assert isinstance(instantiate(cfg.model), LightningModule)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gamma.*")  # linear and square-root scaling stand at or above the limit
+        plan = make_plan(cfg, scheduler, datamodule)
+    assert plan is not None
+    assert plan.samples == cfg.trainer.max_epochs * datamodule.num_train_examples
+    try:
+        assert isinstance(make_trainer(cfg, scheduler), Trainer)
+    except InstantiationException as error:  # no GPU here: Lightning's own word for it
+        assert choice in ("gpu", "ddp"), error
+        assert "CUDAAccelerator" in str(error) or "gpu" in str(error)
+
+
+@pytest.mark.parametrize("epochs", [1, 6, 300])
+@pytest.mark.parametrize("scheduler", [choice for group, choice in CHOICES if group == "scheduler"])
+@pytest.mark.parametrize("data", ["digits", "cifar100"])
+def test_presets_fit_any_number_of_epochs(scheduler: str, epochs: int, data: str) -> None:
+    if scheduler == "increasing_warmup" and epochs == 1:
+        pytest.skip("a warm-up needs an epoch, and what follows it another")
+    cfg = compose_config(f"scheduler={scheduler}", f"data={data}", f"trainer.max_epochs={epochs}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*at its maximum.*")  # the digits allow no more than 512
+        plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+    assert plan is not None
+    assert plan.epochs == epochs
+
+
+def test_case_iii_has_the_authors_stages() -> None:
+    cfg = compose_config("data=cifar100", "trainer.max_epochs=300", "scheduler.lr.factor=1.292")
+    plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+    assert plan is not None
+    assert [stage.batch_size for stage in plan.stages] == [8 * 2**m for m in range(10)]
+    assert {stage.epochs for stage in plan.stages} == {30}
+    assert plan.stages[-1].lr == pytest.approx(1.0, rel=0.005)
+
+
+def test_no_data_are_needed_to_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = compose_config("data=tiny_imagenet", "data.samples_per_epoch=10000")
+    plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+    assert plan is not None
+    assert plan.samples == 14 * 10_000
