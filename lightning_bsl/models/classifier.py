@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -17,7 +18,7 @@ Batch = tuple[Tensor, Tensor]
 class Classifier(LightningModule):
     """Train a network on ``(images, labels)`` batches; batch size and learning rate are left to the callbacks.
 
-    Logs ``train/loss`` after a step and, under the same name, its mean over the epoch's examples; once an epoch also
+    Logs ``train/loss`` of every ``log_every_n_steps``-th step and, under that name too, its mean over the epoch; then
     ``train/accuracy``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy``. Every mean weighs each example
     alike, however the batches are cut. The means of a training epoch are of the weights as they were at each step;
     after a resume inside an epoch they cover the rest of it.
@@ -83,14 +84,22 @@ class Classifier(LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the batch's mean loss and log it."""
+        """Return the batch's mean loss, and log it where the Trainer's loggers will write it."""
         images, labels = batch
         logits = self(images)
         loss: Tensor = self.loss(logits, labels)
         self.train_loss.update(loss.detach().expand(len(labels)))
         self.train_accuracy.update(logits.detach().argmax(dim=1) == labels)
-        self.log("train/loss", loss, on_step=True, on_epoch=False)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.trainer.global_step + 1) % every == 0:  # the others would be dropped, and log() is slow
+            self.log("train/loss", loss, on_step=True, on_epoch=False)
+        self._step_loss = loss.detach()
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the last step too: Lightning writes a row when a callback has just stopped the run."""
+        if self.trainer.should_stop:
+            self.log("train/loss", self._step_loss, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means; Lightning resets the metrics after it has read them."""

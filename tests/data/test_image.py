@@ -86,9 +86,7 @@ class TestAugmentation:
         rotated: Tensor = TF.rotate(image, angle, InterpolationMode.NEAREST, fill=0)
         return rotated
 
-    @pytest.mark.parametrize(
-        ("channels", "size", "padding"), [(3, 32, 4), (1, 28, 4), (1, 8, 1), (3, 64, 4), (3, 33, 4)]
-    )
+    @pytest.mark.parametrize(("channels", "size", "padding"), [(3, 32, 4), (1, 28, 4), (1, 8, 1), (3, 64, 4), (3, 33, 4)])
     def test_equals_torchvision(self, channels: int, size: int, padding: int) -> None:
         n = 300
         images, randoms = random_images(n, channels, size), epoch_randoms(n, seed=1, epoch=2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bsl.data import GlobalBatchSampler
-from lightning_bsl.schedules import Cosine, Exponential, Horizon, Milestones, Polynomial, Progress
+from lightning_bsl.schedules import Cosine, Exponential, Horizon, Milestones, Polynomial, Progress, Warmup
 from tests.helpers import flat
 
 SCHEDULES = [
@@ -18,6 +18,7 @@ SCHEDULES = [
     Cosine(13, end=1, total=60, unit="samples"),
     Milestones([1, 14, 2], at=[5, 8], unit="step"),
     Milestones([3, 7], at=[1]),
+    Warmup(2, then=lambda progress: 3 + progress.step % 5, over=1),
     lambda progress: 1 + (7 * progress.step + progress.samples) % 13,
     5,
 ]

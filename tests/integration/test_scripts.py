@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -14,15 +15,30 @@ ROOT = Path(__file__).parents[2]
 FIRST_COLUMNS = ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
 
 
-def run(script: str, *overrides: str, folder: Path, fails: bool = False) -> str:
-    """Run a script with ``folder`` as its Hydra output folder; returns all it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYDRA_FULL_ERROR": "0"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", *overrides],
-        cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
+class Run(Protocol):
+    def __call__(self, script: str, *overrides: str, folder: Path, fails: bool = False) -> str: ...
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a script as ``python scripts/...`` would, in this process, which spares it the imports; returns all it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_script(script: str, *overrides: str, folder: Path, fails: bool = False) -> str:
+        flags = [override for override in overrides if override.startswith("-")]
+        folders = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+        rest = [override for override in overrides if not override.startswith("-")]
+        monkeypatch.setattr(sys, "argv", [script, *flags, *folders, *rest])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+            code: object = 0
+        except SystemExit as end:  # Hydra's way to say that the job failed
+            code = end.code
+        out, err = capfd.readouterr()
+        assert bool(code) == fails, out + err
+        return out + err
+
+    return run_script
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -32,7 +48,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_first_command_learns_the_digits(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    printed = run("train.py", "trainer.enable_progress_bar=false", folder=folder)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={folder}"]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300).stdout
     metrics, stages = read(folder / "metrics.csv"), read(folder / "plan.csv")
     assert max(float(row["val/accuracy"]) for row in metrics if row["val/accuracy"]) >= 0.95
     assert len({row["batch_size"] for row in metrics}) >= 4  # grown at least three times
@@ -50,7 +67,7 @@ def test_first_command_learns_the_digits(tmp_path: Path) -> None:
     ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step", "trainer.max_epochs=-1", "trainer.max_steps=300"),
     ("trainer.limit_train_batches=0.3", "trainer.max_epochs=5"),
 ])  # fmt: skip
-def test_metrics_are_as_planned(overrides: tuple[str, ...], tmp_path: Path) -> None:
+def test_metrics_are_as_planned(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     run("plan.py", *overrides, folder=tmp_path / "plan")
     run("train.py", *overrides, "trainer.log_every_n_steps=7", "trainer.enable_progress_bar=false", folder=tmp_path / "run")
     planned = (tmp_path / "plan" / "plan.csv").read_text()
@@ -73,7 +90,7 @@ def test_metrics_are_as_planned(overrides: tuple[str, ...], tmp_path: Path) -> N
         assert whole < float(row["samples"]) <= whole + int(stage["samples"])
 
 
-def test_sweep_of_the_four_cases(tmp_path: Path) -> None:
+def test_sweep_of_the_four_cases(run: Run, tmp_path: Path) -> None:
     run("train.py", "-m", "scheduler=constant_decaying,increasing_decaying,increasing_both,increasing_warmup", "seed=0,1",
         "trainer.max_epochs=4", "trainer.enable_progress_bar=false", folder=tmp_path / "sweep")  # fmt: skip
     runs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/metrics.csv"))
@@ -81,7 +98,7 @@ def test_sweep_of_the_four_cases(tmp_path: Path) -> None:
     assert all((folder / "curves.png").exists() for folder in runs)
 
 
-def test_resumes_from_a_checkpoint(tmp_path: Path) -> None:
+def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     common = ("scheduler.batch_size.every=2", "scheduler.lr.every=2", "trainer.enable_progress_bar=false")
     run("train.py", *common, "trainer.max_epochs=8", folder=tmp_path / "whole")
     run("train.py", *common, "trainer.max_epochs=4", folder=tmp_path / "first")
@@ -107,7 +124,7 @@ def test_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     (("trainer.max_epochs=-1",), ("max_epochs", "every")),
     (("data=cifar10", "data.root=nowhere"), ("nowhere", "data.root", "data.download=true")),
 ])  # fmt: skip
-def test_bad_input_is_refused_before_training(overrides: tuple[str, ...], messages: tuple[str, ...], tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_training(overrides: tuple[str, ...], messages: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     printed = run("train.py", *overrides, folder=tmp_path / "run", fails=True)
     for message in messages:
         assert message in printed, printed

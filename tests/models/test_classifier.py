@@ -4,10 +4,11 @@ import csv
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,14 +29,14 @@ def make(**options: object) -> Classifier:
     return Classifier(cnn5(1, 3, 8, width=4), num_classes=3, **options)  # type: ignore[arg-type]
 
 
-def trainer(folder: Path, **options: object) -> Trainer:
+def trainer(folder: Path, log_every_n_steps: int = 1, **options: object) -> Trainer:
     return Trainer(
         accelerator="cpu",
         logger=CSVLogger(folder, name="", version=""),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        log_every_n_steps=1,
+        log_every_n_steps=log_every_n_steps,
         **options,  # type: ignore[arg-type]
     )
 
@@ -84,13 +85,42 @@ def test_logged_values(tmp_path: Path, loader: DataLoader[tuple[Tensor, ...]]) -
     assert tested["test/accuracy"] == pytest.approx(float(last["val/accuracy"]))
 
 
-def test_logs_once_a_step(tmp_path: Path, loader: DataLoader[tuple[Tensor, ...]]) -> None:
-    model = make()
-    names: list[str] = []
-    log = model.log
-    model.log = lambda name, *args, **kwargs: (names.append(name), log(name, *args, **kwargs))[1]  # type: ignore
-    trainer(tmp_path, max_epochs=1).fit(model, loader)
-    assert names == 7 * ["train/loss"] + ["train/accuracy"]  # six steps, one epoch
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (4, 1), (1, 2), (2, 2)])
+def test_logs_no_more_than_is_written(
+    every: int, accumulate: int, tmp_path: Path, loader: DataLoader[tuple[Tensor, ...]]
+) -> None:
+    losses: list[float] = []
+    logged: list[str] = []
+
+    class Spy(Classifier):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            losses.append(loss.item())
+            return loss
+
+        def log(self, name: str, *args: Any, **options: Any) -> None:
+            logged.append(name)
+            super().log(name, *args, **options)
+
+    model = Spy(cnn5(1, 3, 8, width=4), num_classes=3)
+    trainer(tmp_path, every, max_epochs=2, accumulate_grad_batches=accumulate).fit(model, loader)
+    steps = losses[accumulate - 1 :: accumulate]  # the last micro-batch of each
+    written = [float(row["train/loss"]) for row in rows(tmp_path) if row["train/loss"] and not row["train/accuracy"]]
+    assert written == pytest.approx(steps[every - 1 :: every], rel=1e-6)
+    assert logged.count("train/loss") == accumulate * len(written) + 2  # and once an epoch
+
+
+def test_logs_the_step_on_which_the_run_is_stopped(tmp_path: Path, loader: DataLoader[tuple[Tensor, ...]]) -> None:
+    losses: list[float] = []
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+            losses.append(outputs["loss"].item())
+            trainer.should_stop = trainer.global_step == 5
+
+    trainer(tmp_path, 4, max_epochs=2, callbacks=[Stop()]).fit(make(), loader)
+    written = [float(row["train/loss"]) for row in rows(tmp_path) if row["train/loss"] and not row["train/accuracy"]]
+    assert written == pytest.approx([losses[3], losses[4]], rel=1e-6)
 
 
 def test_optimizer() -> None:

@@ -175,9 +175,7 @@ def test_a_fraction_of_a_run_without_an_end(family: type[Schedule], arguments: d
 @pytest.mark.parametrize("over", [300, 301])
 def test_a_warmup_as_long_as_the_run(over: int) -> None:
     lr = Warmup(0.1, then=Constant(0.2), over=over)
-    with pytest.raises(
-        ValueError, match=rf"takes {over} epochs.*only 300; write a shorter `over`, or train for longer"
-    ):
+    with pytest.raises(ValueError, match=rf"takes {over} epochs.*only 300; write a shorter `over`, or train for longer"):
         lr(at("epoch", 0))
     assert lr(at("epoch", 0, Horizon())) == 0.1  # a run without a known end is long enough
 

@@ -20,16 +20,12 @@ from lightning_bsl.schedules import (
 )
 
 
-@pytest.mark.parametrize(
-    ("value", "batch_size"), [(1, 1), (8, 8), (8.0, 8), (8.5, 9), (8.0001, 9), (8.999, 9), (1.01, 2)]
-)
+@pytest.mark.parametrize(("value", "batch_size"), [(1, 1), (8, 8), (8.0, 8), (8.5, 9), (8.0001, 9), (8.999, 9), (1.01, 2)])
 def test_batch_sizes_are_rounded_up(value: float, batch_size: int) -> None:
     assert JointSchedule(lambda progress: value)(Progress()) == BatchLR(batch_size, None)
 
 
-@pytest.mark.parametrize(
-    ("factor", "stages"), [("1.1", 80), ("1.2", 40), ("1.5", 20), ("2", 17), ("3", 11), ("1.25", 25)]
-)
+@pytest.mark.parametrize(("factor", "stages"), [("1.1", 80), ("1.2", 40), ("1.5", 20), ("2", 17), ("3", 11), ("1.25", 25)])
 def test_batch_sizes_are_not_rounded_up_for_the_last_bit_of_a_float(factor: str, stages: int) -> None:
     schedule = JointSchedule(Exponential(10, factor=float(factor)))
     for m in range(stages):
@@ -57,9 +53,7 @@ def test_numbers_functions_and_rules() -> None:
 @pytest.mark.parametrize("value", [0, 0.99, -4, math.nan, math.inf, -math.inf])
 def test_bad_batch_sizes(value: float) -> None:
     schedule = JointSchedule(lambda progress: value)
-    with pytest.raises(
-        ValueError, match=rf"batch size is {value} at epoch=3, step=4, samples=5.*`minimum=1` and `maximum"
-    ):
+    with pytest.raises(ValueError, match=rf"batch size is {value} at epoch=3, step=4, samples=5.*`minimum=1` and `maximum"):
         schedule(Progress(3, 4, 5, Horizon(300)))
 
 

@@ -1,0 +1,144 @@
+"""Two real processes on one machine, over gloo."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import flat
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl.schedules import Exponential, Milestones
+
+name, devices, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+
+def examples(size):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, x.sum(dim=1, keepdim=True) ** 2, torch.arange(size))
+
+class Regression(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(3, 1, dtype=torch.float64)
+        torch.nn.init.constant_(self.net.weight, 0.5)
+        torch.nn.init.constant_(self.net.bias, 0.5)
+        self.seen = []
+
+    def training_step(self, batch):
+        x, y, index = batch
+        self.seen.append([index.tolist(), self.trainer.optimizers[0].param_groups[0]["lr"]])
+        return torch.nn.functional.mse_loss(self.net(x), y)
+
+    def validation_step(self, batch):
+        self.log("val/loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+class Stranger(LightningDataModule):
+    def __init__(self, batch_size=1):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self):
+        return DataLoader(examples(64), batch_size=self.hparams.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(examples(8), batch_size=4)
+
+if name == "own":
+    # 61 examples in steps of 12 leave a step of one, of which a process has no share; 13 and 31 do not divide by 2
+    datamodule = BatchSizeDataModule(examples(61), examples(8), eval_batch_size=4)
+    scheduler = BatchLRScheduler(Milestones([12, 13, 31], at=[6, 9], unit="step"), Exponential(0.01, 1.1))
+else:
+    datamodule, scheduler = Stranger(), BatchLRScheduler(Exponential(8, 2), Exponential(0.01, 1.1))
+model = Regression()
+trainer = Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=3,
+    use_distributed_sampler=name != "own", callbacks=[scheduler], logger=CSVLogger(out, name="", version=""),
+    log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0,
+)
+trainer.fit(model, datamodule=datamodule)
+result = {
+    "seen": model.seen, "weights": [p.tolist() for p in model.parameters()], "samples": scheduler.progress.samples,
+    "step": scheduler.progress.step, "planned": scheduler.plan.samples,
+}
+(out / f"{trainer.global_rank}.json").write_text(json.dumps(result))
+"""
+
+
+def go(name: str, devices: int, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """What each process has seen, and the rows of the log."""
+    out.mkdir()
+    (out / "script.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(out / "script.py"), name, str(devices), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(devices)], rows
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    (one,), rows = go("own", 1, tmp_path / "1")
+    two, rows_of_two = go("own", 2, tmp_path / "2")
+    sizes = [12, 12, 12, 12, 12, 1, 13, 13, 13, 22, 31, 30]
+    assert [len(indices) for indices, _ in one["seen"]] == sizes
+    for (batch, lr), (first, lr_of_first), (second, lr_of_second) in zip(
+        one["seen"], two[0]["seen"], two[1]["seen"], strict=True
+    ):
+        assert lr == lr_of_first == lr_of_second
+        if len(batch) > 1:
+            assert first + second == batch
+            assert abs(len(first) - len(second)) <= 1
+        else:
+            assert first == second == batch  # one of them only keeps the other company, at weight 0
+    weights = torch.tensor(flat(one["weights"][0]) + one["weights"][1], dtype=torch.float64)
+    for process in two:
+        of_two = torch.tensor(flat(process["weights"][0]) + process["weights"][1], dtype=torch.float64)
+        torch.testing.assert_close(of_two, weights, rtol=1e-12, atol=1e-13)
+        assert (process["samples"], process["step"], process["planned"]) == (3 * 61, len(sizes), 3 * 61)
+    # the log is written once, and says the same
+    for column in ("batch_size", "lr", "samples"):
+        assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
+    losses, losses_of_two = ([float(r["val/loss"]) for r in log if r["val/loss"]] for log in (rows, rows_of_two))
+    assert len(losses) == 3
+    assert losses_of_two == pytest.approx(losses, rel=1e-9)
+
+
+def test_a_strangers_batch_is_split_over_two_processes(tmp_path: Path) -> None:
+    two, rows = go("stranger", 2, tmp_path / "2")
+    sizes = [8] * 8 + [16] * 4 + [32] * 2
+    for (first, lr), (second, lr_of_second) in zip(two[0]["seen"], two[1]["seen"], strict=True):
+        assert lr == lr_of_second and len(first) == len(second) and not set(first) & set(second)
+    assert [len(first) + len(second) for (first, _), (second, _) in zip(two[0]["seen"], two[1]["seen"])] == sizes
+    for start, stop in ((0, 8), (8, 12), (12, 14)):  # each example once an epoch, over both
+        assert sorted(flat(flat(step[0] for step in process["seen"][start:stop]) for process in two)) == list(range(64))
+    assert two[0]["weights"] == two[1]["weights"]
+    assert {process["samples"] for process in two} == {two[0]["planned"]} == {3 * 64}
+    assert [float(row["samples"]) for row in rows if row["val/loss"]] == [64, 128, 192]
