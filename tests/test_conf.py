@@ -17,9 +17,7 @@ from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.experiment import make_plan, make_trainer
 
 CONF = Path(__file__).parents[1] / "conf"
-CHOICES = sorted(
-    (str(file.parent.relative_to(CONF)), file.stem) for file in CONF.rglob("*.yaml") if file.parent != CONF
-)
+CHOICES = sorted((str(file.parent.relative_to(CONF)), file.stem) for file in CONF.rglob("*.yaml") if file.parent != CONF)
 
 
 def compose_config(*overrides: str) -> DictConfig:

@@ -24,7 +24,17 @@ def test_python_blocks_run_as_one_file(tmp_path: Path) -> None:
 
 
 def test_tables_name_every_choice() -> None:
-    for group in ("scheduler", "scheduler/batch_size", "scheduler/lr", "data", "model", "optimizer", "trainer", "logger", "callbacks"):
+    for group in (
+        "scheduler",
+        "scheduler/batch_size",
+        "scheduler/lr",
+        "data",
+        "model",
+        "optimizer",
+        "trainer",
+        "logger",
+        "callbacks",
+    ):
         (row,) = re.findall(rf"^\| `{group}` \|(.*)$", README, flags=re.M)
         choices = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")}
         assert choices <= set(re.findall(r"`(\w+)`", row)), group

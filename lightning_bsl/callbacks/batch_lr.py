@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,16 +14,16 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_bsl.callbacks.loop import ended_epoch, loads_own_data
 from lightning_bsl.data.datamodule import BatchSizeDataModule
 from lightning_bsl.data.sampler import share_of
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
 from lightning_bsl.schedules.functions import Function
-from lightning_bsl.schedules.plan import check_fits
+from lightning_bsl.schedules.plan import EpochLength, check_fits
 
 
 def plan_fit(
@@ -31,6 +32,7 @@ def plan_fit(
     max_epochs: int | None = None,
     max_steps: int = -1,
     limit_train_batches: float | None = None,
+    epoch_length: EpochLength | None = None,
 ) -> Plan | None:
     """The plan of a fit, from the Trainer's arguments; ``None`` for a fit without an end.
 
@@ -40,12 +42,13 @@ def plan_fit(
         max_epochs: As of ``Trainer``; ``None`` or -1 for no bound.
         max_steps: As of ``Trainer``.
         limit_train_batches: As of ``Trainer``.
+        epoch_length: As of [`plan`][lightning_bsl.schedules.plan].
     """
     epochs, steps = (None if bound is None or bound < 0 else bound for bound in (max_epochs, max_steps))
     limit = 1.0 if limit_train_batches is None else limit_train_batches
     if (epochs is None and steps is None) or epochs == 0 or steps == 0 or limit == 0:
         return None
-    return plan(schedule, num_examples, epochs=epochs, steps=steps, limit_batches=limit)
+    return plan(schedule, num_examples, epochs=epochs, steps=steps, limit_batches=limit, epoch_length=epoch_length)
 
 
 class BatchLRScheduler(Callback):
@@ -83,9 +86,11 @@ class BatchLRScheduler(Callback):
     def __init__(self, batch_size: Function | int, lr: Function | ScalingRule | float | None = None) -> None:
         self.schedule = JointSchedule(batch_size, lr)
         self.plan: Plan | None = None
-        self._epoch_start = Progress()
-        self._progress = Progress()
+        self._epoch_start = self._loader_start = self._progress = Progress()
+        self._end = Horizon()
+        self._epoch_ended = False
         self._setting = BatchLR(1, None)
+        self._lr = 0.0
         self._ratios: list[float] = []
         self._reload_every: int | None = None
 
@@ -103,21 +108,33 @@ class BatchLRScheduler(Callback):
         self._refuse(trainer, pl_module)
         if trainer.global_step == 0:
             self._epoch_start = self._progress = Progress()
-        self._set_horizon(
-            Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
-        )
+        self._end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
+        # a smoke test of the run's beginning, whose length Lightning has overwritten, is given a length without end
+        self._set_horizon(Horizon(10**9, 10**12, 10**15) if trainer.fast_dev_run else self._end)  # type: ignore[attr-defined]
         datamodule = _own(trainer)
         if datamodule is not None:
             self._make_plan(trainer, datamodule.num_epoch_examples)
-            datamodule.follow(cast(Function, self.schedule.batch_size), lambda: self._epoch_start)
+            datamodule.follow(
+                cast(Function, self.schedule.batch_size),
+                lambda: self._loader_start,
+                lambda: self._progress.samples - self._epoch_start.samples,
+            )
         else:
             self._set_foreign(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See whether Lightning will skip the end of an epoch."""
+        self._epoch_ended = ended_epoch(checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clock."""
         horizon = self._progress.horizon
         self._epoch_start = Progress(**state_dict["epoch_start"], horizon=horizon)
         self._progress = Progress(**state_dict["progress"], horizon=horizon)
+        if self._epoch_ended and self._progress.samples > self._epoch_start.samples:
+            self._epoch_start = self._progress = self._progress.next_epoch()
+        self._epoch_ended = False
+        self._loader_start = self._epoch_start
 
     def state_dict(self) -> dict[str, Any]:
         """The clock: plain integers."""
@@ -152,7 +169,8 @@ class BatchLRScheduler(Callback):
             self._check_foreign(trainer)
             loader = trainer.train_dataloader
             if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__"):
-                self._make_plan(trainer, len(cast(Sized, loader.dataset)))
+                num_examples = len(cast(Sized, loader.dataset))
+                self._make_plan(trainer, num_examples, partial(_epoch_length, trainer, num_examples, loader.drop_last))
         self._apply(trainer)
 
     # --- training
@@ -166,6 +184,7 @@ class BatchLRScheduler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give the user's reload interval back: the loader of this epoch is made."""
         self._restore_reload(trainer)
+        self._lr = _groups(trainer)[0]["lr"]  # a scheduler of the module changes it before the step is logged
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss where processes have unequal shares of the step, whose gradients DDP averages."""
@@ -210,7 +229,8 @@ class BatchLRScheduler(Callback):
         steps = len(datamodule.train_dataloader()) if datamodule else 0
         self._epoch_start = self._progress = self._progress.next_epoch()
         if self._finished():
-            return
+            return  # Lightning asks the loader for its length once more, and there may be no next epoch to measure
+        self._loader_start = self._epoch_start
         if datamodule is not None:
             if len(datamodule.train_dataloader()) != steps:
                 self._reload(trainer)
@@ -218,9 +238,15 @@ class BatchLRScheduler(Callback):
             self._set_foreign(trainer, pl_module)
             self._reload(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer and the DataModule as they were: Lightning does not call ``teardown`` then."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the Trainer as it was."""
+        """Leave the Trainer and the DataModule as they were."""
         self._restore_reload(trainer)
+        if stage == "fit" and (datamodule := _own(trainer)) is not None:
+            datamodule.unfollow()
 
     # --- parts
 
@@ -250,7 +276,7 @@ class BatchLRScheduler(Callback):
                     "is already that of a whole optimizer step. Write `accumulate_grad_batches=1` and the batch size you want"
                 )
             return
-        if trainer.datamodule is None and not is_overridden("train_dataloader", pl_module):  # type: ignore[attr-defined]
+        if not loads_own_data(trainer):
             raise MisconfigurationException(
                 "a DataLoader given to `fit` has a fixed batch size. Put your data set in a "
                 "`lightning_bsl.BatchSizeDataModule(train=...)`, or write a LightningDataModule with a `batch_size`, and call "
@@ -264,27 +290,24 @@ class BatchLRScheduler(Callback):
             )
 
     def _set_horizon(self, horizon: Horizon) -> None:
-        self._epoch_start = replace(self._epoch_start, horizon=horizon)
+        self._epoch_start = self._loader_start = replace(self._epoch_start, horizon=horizon)
         self._progress = replace(self._progress, horizon=horizon)
 
-    def _make_plan(self, trainer: Trainer, num_examples: int) -> None:
+    def _make_plan(self, trainer: Trainer, num_examples: int, epoch_length: EpochLength | None = None) -> None:
         """Walk the whole run: every error of the schedules comes now, before the first step."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # a smoke test of the run's beginning; Lightning has overwritten how long the run would be
-            self._set_horizon(Horizon(10**9, 10**12, 10**15))
             check_fits(self.schedule(self._progress).batch_size, num_examples, self._progress)
             return
-        self.plan = plan_fit(self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
+        self.plan = plan_fit(
+            self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches, epoch_length
+        )
         if self.plan is None:
             self.schedule(self._progress)  # no end to plan towards: at least the first step must be possible
         else:
             self._set_horizon(self.plan.horizon)
 
     def _finished(self) -> bool:
-        horizon, progress = self._progress.horizon, self._progress
-        return any(
-            end is not None and count >= end for count, end in ((progress.epoch, horizon.epoch), (progress.step, horizon.step))
-        )
+        return self._end.ends_before(self._progress)
 
     def _step_examples(self, trainer: Trainer) -> int:
         """Examples of the current step: the batch size, or what is left of the epoch."""
@@ -307,19 +330,12 @@ class BatchLRScheduler(Callback):
     def _set_foreign(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set ``batch_size`` where the loader is made: there it counts one process and one accumulated batch."""
         batch_size = self.schedule.batch_size_at(self._epoch_start)
-        parts = trainer.world_size * trainer.accumulate_grad_batches
-        if batch_size % parts:
-            raise MisconfigurationException(
-                f"the batch size {batch_size} at epoch {self._epoch_start.epoch} cannot be split evenly over "
-                f"{trainer.world_size} processes x {trainer.accumulate_grad_batches} accumulated batches: write batch sizes "
-                f"that are multiples of {parts}, or use a `BatchSizeDataModule`"
-            )
-        lightning_setattr(pl_module, "batch_size", batch_size // parts)
+        lightning_setattr(pl_module, "batch_size", _local_size(trainer, batch_size))
 
     def _check_foreign(self, trainer: Trainer) -> None:
         """Raise if the loader has another batch size than it was told."""
         loader = trainer.train_dataloader
-        expected = self.schedule.batch_size_at(self._epoch_start) // (trainer.world_size * trainer.accumulate_grad_batches)
+        expected = _local_size(trainer, self.schedule.batch_size_at(self._epoch_start))
         actual = getattr(loader, "batch_size", None)
         if actual is not None and actual != expected:
             raise MisconfigurationException(
@@ -339,7 +355,7 @@ class BatchLRScheduler(Callback):
             self._reload_every = None
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, on_step: bool, on_epoch: bool) -> None:
-        lr = _groups(trainer)[0]["lr"] if self._setting.lr is None else self._setting.lr
+        lr = self._lr if self._setting.lr is None else self._setting.lr
         values = {"batch_size": self._setting.batch_size, "lr": lr, "samples": self._progress.samples}
         for name, value in values.items():
             pl_module.log(
@@ -360,3 +376,24 @@ def _own(trainer: Trainer) -> BatchSizeDataModule | None:
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
+def _local_size(trainer: Trainer, batch_size: int) -> int:
+    """``batch_size`` for one process and one accumulated batch."""
+    parts = trainer.world_size * trainer.accumulate_grad_batches
+    if batch_size % parts:
+        raise MisconfigurationException(
+            f"the batch size {batch_size} cannot be split evenly over {trainer.world_size} processes x "
+            f"{trainer.accumulate_grad_batches} accumulated batches: write batch sizes that are multiples of {parts}, or use a "
+            "`BatchSizeDataModule`"
+        )
+    return batch_size // parts
+
+
+def _epoch_length(trainer: Trainer, num_examples: int, drop_last: bool, batch_size: int) -> tuple[int, int]:
+    """Optimizer steps and examples of an epoch of somebody's DataLoader."""
+    size = _local_size(trainer, batch_size)
+    mine = -(-num_examples // trainer.world_size)  # as DistributedSampler pads
+    batches, limit = mine // size if drop_last else -(-mine // size), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    return -(-batches // trainer.accumulate_grad_batches), min(batches * size, mine) * trainer.world_size

@@ -64,6 +64,8 @@ class BatchSizeDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise ValueError(f"`{name}={value}` must be 1 or more")
+        if samples_per_epoch is not None and samples_per_epoch < 1:
+            raise ValueError(f"`samples_per_epoch={samples_per_epoch}` must be 1 or more")
         self.train_set, self.val_set, self.test_set = train, val, test
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -73,7 +75,7 @@ class BatchSizeDataModule(LightningDataModule):
         self.seed = seed
         self.shuffle = shuffle
         self.samples_per_epoch = samples_per_epoch
-        self._schedule: tuple[Function, Callable[[], Progress]] | None = None
+        self._schedule: tuple[Function, Callable[[], Progress], Callable[[], int]] | None = None
         self._train_loader: DataLoader[Any] | None = None
 
     @property
@@ -93,25 +95,31 @@ class BatchSizeDataModule(LightningDataModule):
         """Training examples of one epoch."""
         return self.samples_per_epoch or self.num_train_examples
 
-    def follow(self, batch_size: Function, clock: Callable[[], Progress]) -> None:
+    def follow(self, batch_size: Function, clock: Callable[[], Progress], consumed: Callable[[], int] = int) -> None:
         """Let the batch size follow a schedule.
 
         Args:
             batch_size: The schedule.
             clock: Returns the progress at the start of the current epoch.
+            consumed: Returns how many of its examples are consumed already.
         """
-        self._schedule = (batch_size, clock)
+        self._schedule = (batch_size, clock, consumed)
         self._train_loader = None
+
+    def unfollow(self) -> None:
+        """Back to ``batch_size``."""
+        self._schedule = self._train_loader = None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training loader: the same object every time, so that its workers survive a change of the batch size."""
         if self._train_loader is None:
-            batch_size, clock = self._schedule or (self.batch_size, self._epoch_clock)
+            batch_size, clock, consumed = self._schedule or (self.batch_size, self._epoch_clock, int)
             rank, world_size = self._process()
             sampler = GlobalBatchSampler(
                 self.num_train_examples,
                 batch_size,
                 clock,
+                consumed,
                 seed=self.seed,
                 shuffle=self.shuffle,
                 rank=rank,

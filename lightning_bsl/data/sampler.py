@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 from lightning_bsl.schedules import JointSchedule, Progress
 from lightning_bsl.schedules.functions import Function
-from lightning_bsl.schedules.plan import check_fits, runs
+from lightning_bsl.schedules.plan import runs, size_at
 
 
 def epoch_generator(seed: int, epoch: int, stream: int = 0) -> torch.Generator:
@@ -42,6 +42,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         num_examples: Examples of the data set.
         batch_size: The global batch size of a step: an ``int``, a schedule, or a function of progress.
         clock: Returns the progress at the start of the epoch that is iterated next.
+        consumed: Returns how many of that epoch's examples are consumed already, where a run was resumed inside it.
         seed: Seed of the permutations.
         shuffle: Whether to permute at all.
         rank: Index of this process, which gets its share of each step.
@@ -64,6 +65,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         num_examples: int,
         batch_size: Function | int,
         clock: Callable[[], Progress] = Progress,
+        consumed: Callable[[], int] = int,
         *,
         seed: int = 0,
         shuffle: bool = True,
@@ -79,6 +81,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.num_examples = num_examples
         self.schedule = JointSchedule(batch_size)
         self.clock = clock
+        self.consumed = consumed
         self.seed = seed
         self.shuffle = shuffle
         self.rank = rank
@@ -91,17 +94,18 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """The indices of this process, step by step."""
-        return self._steps(self.clock())  # the clock is read now, not when a worker asks for the first batch
+        return self._steps(self.clock(), self.consumed())  # the clock is read now, not when a worker asks for the first batch
 
-    def _steps(self, progress: Progress) -> Iterator[list[int]]:
+    def _steps(self, progress: Progress, consumed: int) -> Iterator[list[int]]:
         order = self.permutation(progress.epoch)
-        position = 0
+        position, batch_size = 0, None
         while position < len(order):
-            batch_size = self.schedule.batch_size_at(progress)
-            check_fits(batch_size, len(order), progress)
+            batch_size = size_at(self.schedule, progress, len(order), batch_size)
             step = order[position : position + batch_size]
-            position += batch_size
+            position += len(step)
             progress = progress.advance(len(step))
+            if position <= consumed:
+                continue
             # a process without a share must step with the others all the same: it repeats an example, at weight 0
             yield step[share_of(len(step), self.rank, self.world_size)] or step[:1]
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from lightning_bsl.report.run import Row, curve
 from lightning_bsl.schedules import Plan, Stage
 
-
 _MOST_ROWS = 30
 
 

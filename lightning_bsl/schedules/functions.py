@@ -343,6 +343,8 @@ class Warmup(Schedule):
         over, every = self._over(progress), self._every(progress)
         # what `then` says at the warm-up's end: its clock in `unit` at 0, whatever the others read
         peak = self.then(Progress(horizon=progress.since(over, self.unit).horizon))
+        if not peak > 0:
+            raise ValueError(f"a geometric warm-up cannot reach {peak}, the first value of {self.then}; raise it above 0")
         last = -(-over // every) - 1
         return float((peak / self.start) ** (1 / last)) if last else 1.0
 

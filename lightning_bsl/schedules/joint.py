@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule
+from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule, Warmup
 from lightning_bsl.schedules.progress import Progress
 from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
 
@@ -121,26 +121,31 @@ class JointSchedule:
             return batch.factor, math.sqrt(batch.factor)
         if isinstance(lr, Exponential) and lr.factor > 1:
             comparable = lr.unit == batch.unit and isinstance(lr.every, int) == isinstance(batch.every, int)
-            return batch.factor, lr.factor ** (batch.every / lr.every if comparable else 1)
+            return (batch.factor, lr.factor ** (batch.every / lr.every)) if comparable else None
         return None
 
-    def steps_to_change(self, progress: Progress, batch_size: int) -> tuple[float, bool]:
-        """For how many steps from ``progress`` both stay constant inside an epoch.
+    def batch_steps_to_change(self, progress: Progress, batch_size: int) -> float:
+        """For how many steps from ``progress`` the batch size is sure to stay, ``inf`` for the rest of the epoch."""
+        return _steps_to_change(self.batch_size, progress, batch_size)
+
+    def lr_steps_to_change(self, progress: Progress, batch_size: int) -> tuple[float, bool]:
+        """For how many steps of one batch size the learning rate is sure to stay.
 
         Returns:
-            The number of steps (``inf`` for the rest of the epoch), and whether the learning rate changes at every step,
-            in which case only the batch size counts for the number.
+            The number of steps, ``inf`` for the rest of the epoch, and whether the learning rate changes at every step, which
+            counts as staying.
         """
-        batch_steps = _steps_to_change(self.batch_size, progress, batch_size)
-        lr_steps = math.inf if isinstance(self.lr, ScalingRule) else _steps_to_change(self.lr, progress, batch_size)
-        every_step = lr_steps <= 1 and _steps_to_change(self.lr, progress.advance(batch_size), batch_size) <= 1
-        return (batch_steps if every_step else min(batch_steps, lr_steps)), every_step
+        if isinstance(self.lr, ScalingRule):
+            return math.inf, False
+        steps = _steps_to_change(self.lr, progress, batch_size)
+        every_step = steps <= 1 and _steps_to_change(self.lr, progress.advance(batch_size), batch_size) <= 1
+        return (math.inf if every_step else steps), every_step
 
 
 def _steps_to_change(function: object, progress: Progress, batch_size: int) -> float:
     if function is None:
         return math.inf
-    if not isinstance(function, Schedule):
+    if not isinstance(function, Schedule) or (isinstance(function, Warmup) and not isinstance(function.then, Schedule)):
         return 1  # a plain function may change at any step
     change = function.next_change(progress)
     if change is None or function.unit == "epoch":

@@ -6,8 +6,9 @@ import csv
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from lightning_bsl.schedules.functions import Exponential, Schedule
@@ -59,7 +60,7 @@ class Plan:
     @property
     def epochs(self) -> float:
         """Epochs in all."""
-        return round(sum(stage.epochs for stage in self.stages), 6)
+        return round(self.stages[-1].first_epoch + self.stages[-1].epochs, 5)
 
     @property
     def steps(self) -> int:
@@ -90,6 +91,11 @@ class _Run:
     every_step: bool
 
 
+# For an epoch whose batch size is asked once, at its start: a batch size to the epoch's optimizer steps and examples.
+EpochLength = Callable[[int], tuple[int, int]]
+_Cutter = Callable[[JointSchedule, Progress], list[_Run]]
+
+
 def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batches: float = 1.0) -> list[_Run]:
     """One epoch of ``num_examples`` examples from ``start``, in runs of equal steps.
 
@@ -102,19 +108,65 @@ def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batc
     Raises:
         ValueError: A batch size above ``num_examples``, or an error of the schedule.
     """
-    found, position, progress = [], 0, start
-    while position < num_examples:
+    found: list[_Run] = []
+    left, progress = num_examples, start
+    while left:
+        batch_size = size_at(schedule, progress, num_examples, found[-1].batch_size if found else None)
+        until, every_step = schedule.lr_steps_to_change(progress, batch_size)
+        most, steps, clock = min(until, -(-left // batch_size)), 0, progress
+        while steps < most and (steps == 0 or size_at(schedule, clock, num_examples, batch_size) == batch_size):
+            more = int(min(schedule.batch_steps_to_change(clock, batch_size), most - steps))
+            steps, clock = steps + more, clock.advance(more * batch_size, more)
+        examples = min(steps * batch_size, left)
+        found.append(_Run(progress, steps, examples, batch_size, every_step))
+        progress, left = progress.advance(examples, steps), left - examples
+    total = sum(run.steps for run in found)
+    kept = min(total, limit_batches) if isinstance(limit_batches, int) else int(total * limit_batches)
+    if kept < 1:
+        raise ValueError(f"`limit_batches={limit_batches}` leaves no step of epoch {start.epoch}, which has {total}; raise it")
+    return _cut(found, kept)
+
+
+def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: int, length: EpochLength) -> list[_Run]:
+    """One epoch whose batch size is asked once, in runs of equal learning rate."""
+    batch_size = schedule.batch_size_at(start)
+    check_fits(batch_size, num_examples, start)
+    found: list[_Run] = []
+    (left, examples), progress = length(batch_size), start
+    if not left:
+        raise ValueError(
+            f"with batches of {batch_size} epoch {start.epoch} has no step; check `drop_last` and `limit_train_batches`"
+        )
+    while left:
+        until, every_step = schedule.lr_steps_to_change(progress, batch_size)
+        steps = int(min(until, left))
+        taken = min(steps * batch_size, examples)
+        found.append(_Run(progress, steps, taken, batch_size, every_step))
+        progress, left, examples = progress.advance(taken, steps), left - steps, examples - taken
+    return found
+
+
+def size_at(schedule: JointSchedule, progress: Progress, num_examples: int, previous: int | None) -> int:
+    """The batch size of a step inside an epoch of ``num_examples`` examples.
+
+    Args:
+        schedule: Batch size and learning rate.
+        progress: The clock before the step.
+        num_examples: Examples of the epoch.
+        previous: The batch size of the step before it in the epoch. Where a run ends inside an epoch, nobody takes the steps
+            beyond its end, and the schedule need not have a value for them: then they keep the size of the last.
+
+    Raises:
+        ValueError: A batch size above ``num_examples``, or an error of the schedule.
+    """
+    try:
         batch_size = schedule.batch_size_at(progress)
         check_fits(batch_size, num_examples, progress)
-        until, every_step = schedule.steps_to_change(progress, batch_size)
-        steps = int(min(until, -(-(num_examples - position) // batch_size)))
-        examples = min(steps * batch_size, num_examples - position)
-        found.append(_Run(progress, steps, examples, batch_size, every_step))
-        progress = progress.advance(examples, steps)
-        position += examples
-    total = sum(run.steps for run in found)
-    # a bool is an int: Lightning takes True for 1 batch as well
-    return _cut(found, min(total, limit_batches) if isinstance(limit_batches, int) else int(total * limit_batches))
+    except ValueError:
+        if previous is None or not progress.horizon.ends_before(progress):
+            raise
+        return previous
+    return batch_size
 
 
 def check_fits(batch_size: int, num_examples: int, progress: Progress) -> None:
@@ -122,7 +174,7 @@ def check_fits(batch_size: int, num_examples: int, progress: Progress) -> None:
     if batch_size > num_examples:
         raise ValueError(
             f"the batch size is {batch_size} at epoch={progress.epoch}, step={progress.step}, but an epoch has only "
-            f"{num_examples} examples; give the batch size a `maximum` of {num_examples} or less"
+            f"{num_examples} examples; write smaller batch sizes, or give them a `maximum` of {num_examples} or less"
         )
 
 
@@ -147,6 +199,7 @@ def plan(
     steps: int | None = None,
     samples: int | None = None,
     limit_batches: float = 1.0,
+    epoch_length: EpochLength | None = None,
 ) -> Plan:
     """What ``schedule`` does to ``num_examples`` examples an epoch, until the first horizon given is reached.
 
@@ -159,6 +212,8 @@ def plan(
         steps: Horizon in optimizer steps.
         samples: Horizon in examples.
         limit_batches: As Lightning's ``limit_train_batches``.
+        epoch_length: Where the batch size can change only between epochs: the optimizer steps and the examples of an epoch,
+            for a batch size. Then ``limit_batches`` is its business.
 
     Raises:
         ValueError: No horizon at all, a horizon below 1, a batch size below 1 or above ``num_examples``, a learning rate
@@ -175,27 +230,31 @@ def plan(
     for name, value in (*given.items(), ("num_examples", num_examples)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}={value}` must be 1 or more")
-    if epochs is not None and samples is None and steps is None and limit_batches == 1.0:
-        samples = epochs * num_examples
+    if epoch_length is not None:
+        cut: _Cutter = partial(_runs_of_one_size, num_examples=num_examples, length=epoch_length)
+    else:
+        cut = partial(runs, num_examples=num_examples, limit_batches=limit_batches)
+        if epochs is not None and steps is None and samples is None and repr(limit_batches) == "1.0":  # 1 is one step
+            samples = epochs * num_examples
     horizon = Horizon(epochs, steps, samples)
     # the length in the other units follows from the batch sizes alone, so it is known before the rates are asked
-    lengths = _walk(JointSchedule(schedule.batch_size), num_examples, horizon, horizon, limit_batches)
+    lengths = _walk(JointSchedule(schedule.batch_size), cut, horizon, horizon)
     full = Horizon(
-        epochs if epochs is not None else math.ceil(sum(stage.epochs for stage in lengths)),
+        epochs if epochs is not None else math.ceil(round(sum(stage.epochs for stage in lengths), 6)),
         steps if steps is not None else sum(stage.steps for stage in lengths),
         samples if samples is not None else sum(stage.samples for stage in lengths),
     )
-    stages = _walk(schedule, num_examples, full, horizon, limit_batches)
+    stages = _walk(schedule, cut, full, horizon)
     for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages))):
         warnings.warn(message, stacklevel=2)
-    return Plan(tuple(stages), num_examples, full)
+    rounded = (replace(s, epochs=round(s.epochs, 6), first_epoch=round(s.first_epoch, 6)) for s in stages)
+    return Plan(tuple(rounded), num_examples, full)
 
 
-def _walk(schedule: JointSchedule, num_examples: int, horizon: Horizon, end: Horizon, limit_batches: float) -> list[Stage]:
+def _walk(schedule: JointSchedule, cut: _Cutter, horizon: Horizon, end: Horizon) -> list[Stage]:
     stages: list[Stage] = []
     previous_varies = False
-    for epoch, run in _until(schedule, num_examples, Progress(horizon=horizon), end, limit_batches):
-        share, first_epoch = epoch
+    for run, first_epoch, share in _until(schedule, cut, Progress(horizon=horizon), end):
         lr, last_lr, varies = _rates(schedule, run)
         previous = stages[-1] if stages else None
         if previous and previous.batch_size == run.batch_size and varies == previous_varies and (varies or previous.lr == lr):
@@ -209,18 +268,14 @@ def _walk(schedule: JointSchedule, num_examples: int, horizon: Horizon, end: Hor
         else:
             stages.append(Stage(len(stages), first_epoch, share, run.steps, run.examples, run.batch_size, lr, last_lr))
         previous_varies = varies
-    return [replace(stage, epochs=round(stage.epochs, 6), first_epoch=round(stage.first_epoch, 6)) for stage in stages]
+    return stages
 
 
-def _until(
-    schedule: JointSchedule, num_examples: int, progress: Progress, end: Horizon, limit_batches: float
-) -> Iterator[tuple[tuple[float, float], _Run]]:
-    """The runs of every epoch up to ``end``, each with its length and its start in epochs."""
-    while end.epoch is None or progress.epoch < end.epoch:
-        epoch = runs(schedule, progress, num_examples, limit_batches)
+def _until(schedule: JointSchedule, cut: _Cutter, progress: Progress, end: Horizon) -> Iterator[tuple[_Run, float, float]]:
+    """The runs of every epoch up to ``end``, each with its start and its length in epochs."""
+    while not end.ends_before(progress):
+        epoch = cut(schedule, progress)
         examples = sum(run.examples for run in epoch)
-        if not epoch:
-            raise ValueError(f"`limit_batches={limit_batches}` leaves no step of epoch {progress.epoch}; raise it")
         behind = 0
         for run in epoch:
             steps = run.steps
@@ -228,10 +283,8 @@ def _until(
                 steps = min(steps, end.step - run.start.step)
             if end.samples is not None:
                 steps = min(steps, -(-(end.samples - run.start.samples) // run.batch_size))
-            if steps <= 0:
-                return
             for kept in _cut([run], steps):
-                yield (kept.examples / examples, progress.epoch + behind / examples), kept
+                yield kept, progress.epoch + behind / examples, kept.examples / examples
                 behind += kept.examples
                 progress = kept.start.advance(kept.examples, kept.steps)
             if steps < run.steps:
@@ -257,7 +310,9 @@ def _warn_of_maximum(schedule: JointSchedule, stages: list[Stage]) -> str | None
     if not (isinstance(batch, Schedule) and batch.maximum and isinstance(lr, Exponential) and lr.factor > 1):
         return None
     for before, after in itertools.pairwise(stages):
-        if before.batch_size == after.batch_size == math.ceil(batch.maximum) and after.lr != before.lr:
+        if before.batch_size == after.batch_size == math.ceil(batch.maximum) and (
+            before.lr is None or after.lr is None or not math.isclose(after.lr, before.lr, rel_tol=1e-5)
+        ):
             return (
                 f"from epoch {after.first_epoch:g} on the batch size is at its maximum {after.batch_size} while the learning "
                 f"rate still grows, so the gradient noise grows with it (V_T of P1 no longer vanishes). Give the rate "

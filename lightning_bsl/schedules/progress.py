@@ -45,6 +45,11 @@ class Horizon:
             )
         return length
 
+    def ends_before(self, progress: Progress) -> bool:
+        """Whether a run of this length is over at ``progress``."""
+        ends = ((self.epoch, progress.epoch), (self.step, progress.step), (self.samples, progress.samples))
+        return any(end is not None and count >= end for end, count in ends)
+
 
 @dataclass(frozen=True)
 class Progress:

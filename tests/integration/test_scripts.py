@@ -64,7 +64,8 @@ def test_first_command_learns_the_digits(tmp_path: Path) -> None:
     ("scheduler=increasing_both", "trainer.max_epochs=6"),
     ("scheduler=increasing_decaying", "scheduler/lr=diminishing", "trainer.max_epochs=3"),
     ("scheduler=increasing_decaying", "scheduler/lr=polynomial", "scheduler/batch_size=polynomial", "trainer.max_epochs=4"),
-    ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step", "trainer.max_epochs=-1", "trainer.max_steps=300"),
+    ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step",
+     "trainer.max_epochs=-1", "trainer.max_steps=300"),
     ("trainer.limit_train_batches=0.3", "trainer.max_epochs=5"),
 ])  # fmt: skip
 def test_metrics_are_as_planned(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
@@ -102,7 +103,13 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     common = ("scheduler.batch_size.every=2", "scheduler.lr.every=2", "trainer.enable_progress_bar=false")
     run("train.py", *common, "trainer.max_epochs=8", folder=tmp_path / "whole")
     run("train.py", *common, "trainer.max_epochs=4", folder=tmp_path / "first")
-    run("train.py", *common, "trainer.max_epochs=8", f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt", folder=tmp_path / "then")
+    run(
+        "train.py",
+        *common,
+        "trainer.max_epochs=8",
+        f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt",
+        folder=tmp_path / "then",
+    )
     whole, then = read(tmp_path / "whole" / "metrics.csv"), read(tmp_path / "then" / "metrics.csv")
     columns = ("epoch", "step", "samples", "batch_size", "lr", "train/loss", "val/loss", "val/accuracy")
     expected = [[row[name] for name in columns] for row in whole if int(row["epoch"]) >= 4]
@@ -124,7 +131,9 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     (("trainer.max_epochs=-1",), ("max_epochs", "every")),
     (("data=cifar10", "data.root=nowhere"), ("nowhere", "data.root", "data.download=true")),
 ])  # fmt: skip
-def test_bad_input_is_refused_before_training(overrides: tuple[str, ...], messages: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_training(
+    overrides: tuple[str, ...], messages: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
     printed = run("train.py", *overrides, folder=tmp_path / "run", fails=True)
     for message in messages:
         assert message in printed, printed

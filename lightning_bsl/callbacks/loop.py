@@ -1,0 +1,21 @@
+"""The only file that reads what Lightning keeps to itself: attributes of its loops, and the loops' part of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+def loads_own_data(trainer: Trainer) -> bool:
+    """Whether the training loader comes from a LightningModule or DataModule, not from an argument of ``fit``."""
+    return bool(trainer.fit_loop._data_source.is_module())
+
+
+def ended_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint was saved in ``on_train_batch_end`` of an epoch's last batch.
+
+    Lightning resumes it with the next epoch, without the ``on_train_epoch_end`` that is still due.
+    """
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return bool(batches["is_last_batch"] and batches["total"]["completed"] < batches["total"]["processed"])
