@@ -339,3 +339,11 @@ def test_schedules_import_neither_torch_nor_lightning_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_schedule_need_not_hold_beyond_the_last_step() -> None:
+    # the run ends inside its epoch; ten steps later the batch size would be 0
+    shrinking = JointSchedule(lambda progress: 50 - progress.step)
+    assert plan(shrinking, 10_000, steps=40).samples == sum(50 - step for step in range(40))
+    with pytest.raises(ValueError, match="batch size is 0"):
+        plan(shrinking, 10_000, steps=60)

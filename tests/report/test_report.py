@@ -1,0 +1,78 @@
+"""Tables and figures from plans and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from lightning_bsl.report import plan_table, plot_plan, plot_run, read_metrics, run_table
+from lightning_bsl.schedules import Cosine, Diminishing, Exponential, JointSchedule, plan
+
+GROWING = JointSchedule(Exponential(8, factor=2, every=1), Exponential(0.1, factor=1.25, every=1))
+
+
+def lines(table: Table) -> list[list[str]]:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line]
+
+
+FIRST_EPOCH = """batch_size,epoch,lr,samples,step,train/loss,val/accuracy,val/loss
+8.0,0,0.1,80.0,9,1.5,,
+8.0,0,0.1,100.0,12,,0.5,1.25
+8.0,0,0.1,100.0,12,1.4,,
+"""
+SECOND_EPOCH = """16.0,1,0.125,200.0,19,,0.75,0.5
+16.0,1,0.125,200.0,19,0.7,,
+"""
+
+
+def write(path: Path, text: str = FIRST_EPOCH + SECOND_EPOCH) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_read_metrics_leaves_out_what_is_empty(tmp_path: Path) -> None:
+    rows = read_metrics(write(tmp_path / "metrics.csv"))
+    assert rows[0] == {"batch_size": 8, "epoch": 0, "lr": 0.1, "samples": 80, "step": 9, "train/loss": 1.5}
+    assert rows[1]["val/accuracy"] == 0.5
+
+
+def test_plan_table() -> None:
+    assert lines(plan_table(plan(GROWING, 100, epochs=2))) == [
+        ["0", "0", "1", "13", "100", "8", "0.1"],
+        ["1", "1", "1", "7", "100", "16", "0.125"],
+        ["all", "", "2", "20", "200", "", ""],
+    ]
+
+
+def test_many_stages_share_rows() -> None:
+    cosine = plan(JointSchedule(Exponential(8, factor=2, every=20), Cosine(0.1)), 100, epochs=40)
+    assert len(cosine.stages) == 40
+    rows = lines(plan_table(cosine))
+    assert [row[2:6] for row in rows] == [["20", "260", "2,000", "8"], ["20", "140", "2,000", "16"], ["40", "400", "4,000", ""]]
+    assert rows[0][6].startswith("0.1 .. ")
+
+
+@pytest.mark.parametrize("text, stages", [(FIRST_EPOCH + SECOND_EPOCH, 2), (FIRST_EPOCH, 1)])
+def test_run_table_has_the_finished_stages(text: str, stages: int, tmp_path: Path) -> None:
+    rows = lines(run_table(plan(GROWING, 100, epochs=2), read_metrics(write(tmp_path / "metrics.csv", text))))
+    assert (
+        rows
+        == [
+            ["0", "1", "13", "100", "8", "0.1", "1.4000", "0.5000"],
+            ["1", "1", "7", "100", "16", "0.125", "0.7000", "0.7500"],
+        ][:stages]
+    )
+
+
+@pytest.mark.parametrize("schedule", [GROWING, JointSchedule(8, Diminishing(0.1)), JointSchedule(8)])
+def test_figures_are_written(schedule: JointSchedule, tmp_path: Path) -> None:
+    plot_plan(plan(schedule, 100, epochs=2), schedule, tmp_path / "plan.png")
+    plot_run(read_metrics(write(tmp_path / "metrics.csv")), tmp_path / "curves.png")
+    for name in ("plan.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).stat().st_size > 10_000
