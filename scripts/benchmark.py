@@ -6,23 +6,30 @@ Prints a table, then one line for each bound: ``NAME: ratio X, bound Y``.
 from __future__ import annotations
 
 import argparse
+import logging
 import struct
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision import transforms as T
 
-from lightning_bsl.data import CIFAR10, FashionMNIST, ImageDataModule, ImageTensors
+from lightning_bsl import BatchLRScheduler
+from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors
+from lightning_bsl.models import Classifier, cnn5
 
 BATCH_SIZES = (128, 1024, 4096)
 
@@ -115,8 +122,7 @@ def _training_set(kind: type[ImageDataModule], root: str | None) -> ImageTensors
 
 
 def _datamodule(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
-    datamodule = kind(batch_size=batch_size)
-    datamodule.train_set = images
+    datamodule = _datamodule_of(kind, images, batch_size)
     trainer: Any = SimpleNamespace(training=True, current_epoch=0, global_rank=0, world_size=1)
     datamodule.trainer = trainer  # all that the DataModule asks of one
     return datamodule
@@ -172,6 +178,67 @@ def _theirs(loader: DataLoader[Any]) -> int:
     return sum(len(labels) for _, labels in loader)
 
 
+# --- callback: the price of BatchLRScheduler, where it changes nothing ---
+
+
+class _Clock(Callback):
+    """Times the training steps of a fit in blocks, each with one step that is logged."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.ticks.append(time.perf_counter())
+
+
+def callback(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare the same fit with and without the callback, at a constant batch and rate."""
+    rows, bounds = [], []
+    for kind, batch_size, block in ((FashionMNIST, 128, 10), (Digits, 8, 50)):
+        images = _training_set(kind, None)
+        without: list[float] = []
+        with_it: list[float] = []
+        for _ in range(arguments.rounds):  # in turn, so that a slow spell of the machine hits both
+            without += _seconds_per_step(_datamodule_of(kind, images, batch_size), block)
+            with_it += _seconds_per_step(_datamodule_of(kind, images, batch_size), block, BatchLRScheduler(batch_size, 0.1))
+        ratio = median(with_it) / median(without)
+        name = f"{kind.__name__}/{batch_size}"
+        rows.append([name, f"{1e3 * median(with_it):.3f}", f"{1e3 * median(without):.3f}", f"{ratio:.4f}"])
+        bounds.append(Bound(f"callback/{name}", ratio, 1.02))
+    print("milliseconds per training step, medians")
+    print(table(["data/batch size", "with", "without", "ratio"], rows))
+    return bounds
+
+
+def _datamodule_of(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
+    datamodule = kind(batch_size=batch_size)
+    datamodule.train_set = datamodule.val_set = images
+    datamodule.prepare_data = lambda: None  # type: ignore[method-assign]  # no files are looked for
+    return datamodule
+
+
+def _seconds_per_step(datamodule: ImageDataModule, block: int, *callbacks: Callback) -> list[float]:
+    """Train for twelve blocks of steps; the first is left out."""
+    torch.manual_seed(0)
+    model = Classifier(cnn5(image_size=datamodule.image_size), datamodule.num_classes)
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            max_steps=12 * block + 1,
+            limit_val_batches=0,
+            log_every_n_steps=block,
+            callbacks=[*callbacks, clock],
+            logger=CSVLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(model, datamodule)
+    return [(end - start) / block for start, end in pairwise(clock.ticks[1:])]
+
+
 def main() -> None:
     """Run the subject named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,6 +250,11 @@ def main() -> None:
     subject.add_argument("--cifar10-root", help="folder of the real CIFAR-10; random images by default")
     subject.set_defaults(run=data)
 
+    subject = subjects.add_parser("callback", help="training steps with BatchLRScheduler and without")
+    subject.set_defaults(run=callback)
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     arguments = parser.parse_args()
     for bound in arguments.run(arguments):
         print(bound)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -90,6 +89,8 @@ class BatchLRScheduler(Callback):
         self._end = Horizon()
         self._epoch_ended = False
         self._setting = BatchLR(1, None)
+        self._own: BatchSizeDataModule | None = None  # the DataModule of the fit, if it is one of ours
+        self._num_examples = 0  # of one of its epochs
         self._lr = 0.0
         self._ratios: list[float] = []
         self._reload_every: int | None = None
@@ -105,16 +106,18 @@ class BatchLRScheduler(Callback):
         """Check the fit, plan it, and put the first batch size in place."""
         if stage != "fit":
             return
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        self._own = datamodule if isinstance(datamodule, BatchSizeDataModule) else None
         self._refuse(trainer, pl_module)
         if trainer.global_step == 0:
             self._epoch_start = self._progress = Progress()
         self._end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
         # a smoke test of the run's beginning, whose length Lightning has overwritten, is given a length without end
         self._set_horizon(Horizon(10**9, 10**12, 10**15) if trainer.fast_dev_run else self._end)  # type: ignore[attr-defined]
-        datamodule = _own(trainer)
-        if datamodule is not None:
-            self._make_plan(trainer, datamodule.num_epoch_examples)
-            datamodule.follow(
+        if self._own is not None:
+            self._num_examples = self._own.num_epoch_examples
+            self._make_plan(trainer, self._num_examples)
+            self._own.follow(
                 cast(Function, self.schedule.batch_size),
                 lambda: self._loader_start,
                 lambda: self._progress.samples - self._epoch_start.samples,
@@ -160,12 +163,12 @@ class BatchLRScheduler(Callback):
                     "a learning rate above 0"
                 )
             self._ratios = [rate / rates[0] for rate in rates]
-        if _own(trainer) is None:  # the clock may have been restored since `setup`
+        if self._own is None:  # the clock may have been restored since `setup`
             self._set_foreign(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what can be checked only now, and set the first learning rate."""
-        if _own(trainer) is None:
+        if self._own is None:
             self._check_foreign(trainer)
             loader = trainer.train_dataloader
             if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__"):
@@ -177,7 +180,7 @@ class BatchLRScheduler(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the learning rate of the epoch's first step."""
-        if _own(trainer) is None:
+        if self._own is None:
             self._check_foreign(trainer)
         self._apply(trainer)
 
@@ -188,9 +191,9 @@ class BatchLRScheduler(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss where processes have unequal shares of the step, whose gradients DDP averages."""
-        if trainer.world_size == 1 or _own(trainer) is None:
+        if trainer.world_size == 1 or self._own is None:
             return
-        examples = self._step_examples(trainer)
+        examples = self._step_examples()
         share = share_of(examples, trainer.global_rank, trainer.world_size)
         weight = (share.stop - share.start) * trainer.world_size / examples
         if weight != 1:
@@ -201,8 +204,8 @@ class BatchLRScheduler(Callback):
     ) -> None:
         """Advance the clock; log the step that was, set the learning rate of the next."""
         steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if _own(trainer) is not None:
-            examples = self._step_examples(trainer)
+        if self._own is not None:
+            examples = self._step_examples()
         else:
             examples = extract_batch_size(batch) * trainer.world_size
         self._progress = self._progress.advance(examples, int(steps))
@@ -225,16 +228,15 @@ class BatchLRScheduler(Callback):
         self._log(trainer, pl_module, on_step=False, on_epoch=True)
         if self._epoch_start.epoch > trainer.current_epoch:
             return  # a resumed run ends the same epoch a second time
-        datamodule = _own(trainer)
-        steps = len(datamodule.train_dataloader()) if datamodule else 0
+        steps = len(self._own.train_dataloader()) if self._own else 0
         self._epoch_start = self._progress = self._progress.next_epoch()
         if self._finished():
             return  # Lightning asks the loader for its length once more, and there may be no next epoch to measure
         self._loader_start = self._epoch_start
-        if datamodule is not None:
-            if len(datamodule.train_dataloader()) != steps:
+        if self._own is not None:
+            if len(self._own.train_dataloader()) != steps:
                 self._reload(trainer)
-        else:
+        elif self.schedule.batch_size_at(self._epoch_start) != self._setting.batch_size:
             self._set_foreign(trainer, pl_module)
             self._reload(trainer)
 
@@ -245,8 +247,8 @@ class BatchLRScheduler(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer and the DataModule as they were."""
         self._restore_reload(trainer)
-        if stage == "fit" and (datamodule := _own(trainer)) is not None:
-            datamodule.unfollow()
+        if stage == "fit" and self._own is not None:
+            self._own.unfollow()
 
     # --- parts
 
@@ -269,7 +271,7 @@ class BatchLRScheduler(Callback):
             raise MisconfigurationException(
                 "DeepSpeed fixes the batch size in its own configuration, so it cannot grow; use `strategy='ddp'`"
             )
-        if _own(trainer) is not None:
+        if self._own is not None:
             if trainer.accumulate_grad_batches != 1:
                 raise MisconfigurationException(
                     f"`accumulate_grad_batches={trainer.accumulate_grad_batches}` with a BatchSizeDataModule: its batch size "
@@ -290,8 +292,8 @@ class BatchLRScheduler(Callback):
             )
 
     def _set_horizon(self, horizon: Horizon) -> None:
-        self._epoch_start = self._loader_start = replace(self._epoch_start, horizon=horizon)
-        self._progress = replace(self._progress, horizon=horizon)
+        self._epoch_start = self._loader_start = self._epoch_start._replace(horizon=horizon)
+        self._progress = self._progress._replace(horizon=horizon)
 
     def _make_plan(self, trainer: Trainer, num_examples: int, epoch_length: EpochLength | None = None) -> None:
         """Walk the whole run: every error of the schedules comes now, before the first step."""
@@ -309,17 +311,16 @@ class BatchLRScheduler(Callback):
     def _finished(self) -> bool:
         return self._end.ends_before(self._progress)
 
-    def _step_examples(self, trainer: Trainer) -> int:
+    def _step_examples(self) -> int:
         """Examples of the current step: the batch size, or what is left of the epoch."""
-        datamodule = cast(BatchSizeDataModule, _own(trainer))
         behind = self._progress.samples - self._epoch_start.samples
-        return min(self._setting.batch_size, datamodule.num_epoch_examples - behind)
+        return min(self._setting.batch_size, self._num_examples - behind)
 
     def _apply(self, trainer: Trainer) -> None:
         """Look up the next step and set its learning rate."""
         if self._finished():
             return
-        clock = self._progress if _own(trainer) is not None else self._epoch_start
+        clock = self._progress if self._own is not None else self._epoch_start
         batch_size = self.schedule.batch_size_at(clock)
         setting = BatchLR(batch_size, self.schedule.lr_at(self._progress, batch_size))
         if setting.lr is not None:
@@ -367,11 +368,6 @@ class BatchLRScheduler(Callback):
                 reduce_fx="max",
                 batch_size=1,
             )
-
-
-def _own(trainer: Trainer) -> BatchSizeDataModule | None:
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    return datamodule if isinstance(datamodule, BatchSizeDataModule) else None
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:

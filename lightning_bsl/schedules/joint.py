@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule, Warmup
@@ -155,4 +155,4 @@ def _steps_to_change(function: object, progress: Progress, batch_size: int) -> f
 
 
 def _when(progress: Progress) -> str:
-    return str(replace(progress, horizon=type(progress.horizon)())).split(", horizon")[0].replace("Progress(", "")
+    return f"epoch={progress.epoch}, step={progress.step}, samples={progress.samples}"

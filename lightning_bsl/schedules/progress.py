@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Unit = Literal["epoch", "step", "samples"]
 UNITS: tuple[str, ...] = get_args(Unit)
@@ -51,8 +51,7 @@ class Horizon:
         return any(end is not None and count >= end for end, count in ends)
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a run has come: the only thing a schedule may depend on.
 
     Args:
@@ -94,4 +93,4 @@ class Progress:
         length: int | None = getattr(horizon, unit)
         if length is not None:
             horizon = replace(horizon, **{unit: length - count})
-        return replace(self, **{unit: self.count(unit) - count}, horizon=horizon)
+        return self._replace(**{unit: self.count(unit) - count}, horizon=horizon)

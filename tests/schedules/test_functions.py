@@ -26,7 +26,7 @@ RUN = Horizon(300, 300, 300)
 
 def at(unit: str, count: int, horizon: Horizon = RUN) -> Progress:
     """A clock that reads ``count`` in ``unit`` and nonsense elsewhere: no schedule may look there."""
-    return replace(Progress(10**6, 10**6, 10**6, horizon), **{unit: count})
+    return Progress(10**6, 10**6, 10**6, horizon)._replace(**{unit: count})
 
 
 def values(schedule: Schedule, counts: tuple[int, ...]) -> list[float]:
