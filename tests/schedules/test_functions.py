@@ -75,7 +75,7 @@ def test_the_papers_clocks_are_the_defaults() -> None:
 def test_a_fraction_of_the_run_is_rounded_up_but_not_for_float_noise(fraction: float, total: int, length: int) -> None:
     schedule = Exponential(1, factor=2, every=fraction, unit="step")
     clock = Progress(horizon=Horizon(step=total))
-    assert [schedule(replace(clock, step=step)) for step in (length - 1, length)] == [1, 2]
+    assert [schedule(clock._replace(step=step)) for step in (length - 1, length)] == [1, 2]
 
 
 # --- warm-up ------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_warmup_hands_over_without_a_jump(then: Schedule) -> None:
     # from there on it is `then` over a run that is 30 shorter
     rest = replace(RUN, epoch=270)
     for count in (30, 31, 57, 75, 165, 299):
-        assert lr(at("epoch", count)) == then(replace(at("epoch", count - 30), horizon=rest))
+        assert lr(at("epoch", count)) == then(at("epoch", count - 30)._replace(horizon=rest))
 
 
 def test_warmup_over_a_fraction_and_before_a_plain_function() -> None:
