@@ -46,6 +46,26 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def check_as_planned(plan: Path, run: Path) -> None:
+    """Every row of a run's metrics has the batch size, the rate and the samples that the plan foretold."""
+    assert (run / "plan.csv").read_text() == (plan / "plan.csv").read_text()
+    assert (plan / "plan.png").exists()
+    stages, rows = read(plan / "plan.csv"), read(run / "metrics.csv")
+    assert int(rows[-1]["step"]) + 1 == sum(int(stage["steps"]) for stage in stages)
+    assert float(rows[-1]["samples"]) == sum(int(stage["samples"]) for stage in stages)
+    for row in rows:
+        done, start = int(row["step"]) + 1, 0
+        for stage in stages:
+            if start < done <= start + int(stage["steps"]):
+                break
+            start += int(stage["steps"])
+        assert float(row["batch_size"]) == int(stage["batch_size"])
+        low, high = sorted((float(stage["lr"]), float(stage["last_lr"])))
+        assert low <= float(row["lr"]) <= high
+        whole = sum(int(s["samples"]) for s in stages if int(s["stage"]) < int(stage["stage"]))
+        assert whole < float(row["samples"]) <= whole + int(stage["samples"])
+
+
 def test_first_command_learns_the_digits(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={folder}"]
@@ -71,24 +91,40 @@ def test_first_command_learns_the_digits(tmp_path: Path) -> None:
 def test_metrics_are_as_planned(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     run("plan.py", *overrides, folder=tmp_path / "plan")
     run("train.py", *overrides, "trainer.log_every_n_steps=7", "trainer.enable_progress_bar=false", folder=tmp_path / "run")
-    planned = (tmp_path / "plan" / "plan.csv").read_text()
-    assert (tmp_path / "run" / "plan.csv").read_text() == planned
-    assert (tmp_path / "plan" / "plan.png").exists()
+    check_as_planned(tmp_path / "plan", tmp_path / "run")
 
-    stages, rows = read(tmp_path / "plan" / "plan.csv"), read(tmp_path / "run" / "metrics.csv")
-    assert int(rows[-1]["step"]) + 1 == sum(int(stage["steps"]) for stage in stages)
-    assert float(rows[-1]["samples"]) == sum(int(stage["samples"]) for stage in stages)
-    for row in rows:
-        done, start = int(row["step"]) + 1, 0
-        for stage in stages:
-            if start < done <= start + int(stage["steps"]):
-                break
-            start += int(stage["steps"])
-        assert float(row["batch_size"]) == int(stage["batch_size"])
-        low, high = sorted((float(stage["lr"]), float(stage["last_lr"])))
-        assert low <= float(row["lr"]) <= high
-        whole = sum(int(s["samples"]) for s in stages if int(s["stage"]) < int(stage["stage"]))
-        assert whole < float(row["samples"]) <= whole + int(stage["samples"])
+
+FASHION_MNIST = ("data=fashion_mnist", "data.root=/usr/share/datasets/fashion-mnist", "scheduler=increasing_both")
+needs_fashion_mnist = pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").exists(), reason="Debian's dataset-fashion-mnist is not installed"
+)
+
+
+@needs_fashion_mnist
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # a narrower network, so that CI has the time for all the images
+        pytest.param(("+model.net.width=4", "scheduler.batch_size.start=128", "trainer.max_epochs=2"), id="narrow"),
+        pytest.param(("trainer.max_epochs=6",), id="whole", marks=pytest.mark.slow),
+    ],
+)
+def test_real_fashion_mnist(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    run("plan.py", "data=fashion_mnist", "model=cnn5", *overrides, folder=tmp_path / "plan")  # without the data
+    run("train.py", *FASHION_MNIST, "model=cnn5", *overrides, "trainer.enable_progress_bar=false", folder=tmp_path / "run")
+    check_as_planned(tmp_path / "plan", tmp_path / "run")
+    accuracies = [float(row["val/accuracy"]) for row in read(tmp_path / "run" / "metrics.csv") if row["val/accuracy"]]
+    assert max(accuracies) > (0.9 if "whole" in str(tmp_path) else 0.6)
+
+
+def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
+    overrides = ["trainer=ddp_cpu", "trainer.max_epochs=3", "trainer.enable_progress_bar=false"]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={tmp_path / 'run'}", *overrides]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300)
+    rows, stages = read(tmp_path / "run" / "metrics.csv"), read(tmp_path / "run" / "plan.csv")
+    assert [int(stage["steps"]) for stage in stages] == [180, 90, 45]  # the global batch, not one for each process
+    assert int(rows[-1]["step"]) == 180 + 90 + 45 - 1
+    assert float(rows[-1]["samples"]) == 3 * 1440
 
 
 def test_sweep_of_the_four_cases(run: Run, tmp_path: Path) -> None:
