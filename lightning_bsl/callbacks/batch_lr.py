@@ -14,12 +14,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from lightning_bsl.callbacks.loop import ended_epoch, loads_own_data
+from lightning_bsl.callbacks.loop import ended_epoch, loads_own_data, set_batches_done
 from lightning_bsl.data.datamodule import BatchSizeDataModule
-from lightning_bsl.data.sampler import share_of
+from lightning_bsl.data.sampler import GlobalBatchSampler, micro_batches
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
 from lightning_bsl.schedules.functions import Function
 from lightning_bsl.schedules.plan import EpochLength, check_fits
@@ -66,10 +68,13 @@ class BatchLRScheduler(Callback):
         batch_size: An ``int``, a schedule, or a function ``progress -> float``.
         lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
             ``None`` to leave the learning rates to the module.
+        max_device_batch_size: Most examples that one process puts through the model at once. A larger step is split into
+            micro-batches, and its gradient is the mean over its examples all the same. Needs a ``BatchSizeDataModule``.
 
     Raises:
-        ValueError: At fit start: a batch size below 1 or above the data set, a learning rate that is not above 0 and
-            finite, a schedule over a fraction of a run that has no end, a horizon shorter than a warm-up.
+        ValueError: ``max_device_batch_size`` below 1. At fit start: a batch size below 1 or above the data set, a learning
+            rate that is not above 0 and finite, a schedule over a fraction of a run that has no end, a horizon shorter than a
+            warm-up.
         MisconfigurationException: At fit start: something in the fit that cannot work, with the remedy.
 
     Example:
@@ -78,11 +83,20 @@ class BatchLRScheduler(Callback):
         >>> scheduler = BatchLRScheduler(
         ...     batch_size=Exponential(8, factor=2, every=30, unit="epoch", maximum=4096),
         ...     lr=Exponential(0.1, factor=1.4, every=30, unit="epoch"),
+        ...     max_device_batch_size=1024,
         ... )
         >>> trainer = Trainer(max_epochs=300, callbacks=[scheduler], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, batch_size: Function | int, lr: Function | ScalingRule | float | None = None) -> None:
+    def __init__(
+        self,
+        batch_size: Function | int,
+        lr: Function | ScalingRule | float | None = None,
+        max_device_batch_size: int | None = None,
+    ) -> None:
+        if max_device_batch_size is not None and max_device_batch_size < 1:
+            raise ValueError(f"`max_device_batch_size={max_device_batch_size}` must be 1 or more, or None for no bound")
+        self.max_device_batch_size = max_device_batch_size
         self.schedule = JointSchedule(batch_size, lr)
         self.plan: Plan | None = None
         self._epoch_start = self._loader_start = self._progress = Progress()
@@ -92,6 +106,8 @@ class BatchLRScheduler(Callback):
         self._own: BatchSizeDataModule | None = None  # the DataModule of the fit, if it is one of ours
         self._num_examples = 0  # of one of its epochs
         self._lr = 0.0
+        self._parts: list[slice] = []  # the micro-batches of the current step
+        self._part = 0  # the index of the current one
         self._ratios: list[float] = []
         self._reload_every: int | None = None
 
@@ -109,6 +125,7 @@ class BatchLRScheduler(Callback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         self._own = datamodule if isinstance(datamodule, BatchSizeDataModule) else None
         self._refuse(trainer, pl_module)
+        self._epoch_ended, self._part = False, 0
         if trainer.global_step == 0:
             self._epoch_start = self._progress = Progress()
         self._end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
@@ -121,13 +138,20 @@ class BatchLRScheduler(Callback):
                 cast(Function, self.schedule.batch_size),
                 lambda: self._loader_start,
                 lambda: self._progress.samples - self._epoch_start.samples,
+                self.max_device_batch_size,
             )
+            self._check_split(trainer, pl_module)
         else:
             self._set_foreign(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """See whether Lightning will skip the end of an epoch."""
+        """See whether Lightning will skip the end of an epoch, and count the batches done as this run cuts them."""
         self._epoch_ended = ended_epoch(checkpoint)
+        if self._own is not None and self.state_key in checkpoint["callbacks"]:
+            self.load_state_dict(checkpoint["callbacks"][self.state_key])
+            sampler = cast(GlobalBatchSampler, self._own.train_dataloader().batch_sampler)
+            done = self._progress.samples - self._epoch_start.samples
+            set_batches_done(checkpoint, len(sampler) if self._epoch_ended else sampler.batches_in(done))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clock."""
@@ -136,7 +160,6 @@ class BatchLRScheduler(Callback):
         self._progress = Progress(**state_dict["progress"], horizon=horizon)
         if self._epoch_ended and self._progress.samples > self._epoch_start.samples:
             self._epoch_start = self._progress = self._progress.next_epoch()
-        self._epoch_ended = False
         self._loader_start = self._epoch_start
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,17 +208,31 @@ class BatchLRScheduler(Callback):
         self._apply(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Give the user's reload interval back: the loader of this epoch is made."""
-        self._restore_reload(trainer)
+        """Open a step, or its next micro-batch."""
+        self._restore_reload(trainer)  # the loader of this epoch is made
+        if self._own is not None and self._part == 0:
+            self._parts = micro_batches(
+                self._step_examples(), trainer.global_rank, trainer.world_size, self.max_device_batch_size
+            )
+        if len(self._parts) > 1:
+            # Lightning steps when (i + 1) % accumulate == 0 and clears the gradients when i % accumulate == 0: this has it do
+            # the first on the last micro-batch alone, and the second never
+            last = self._part == len(self._parts) - 1
+            trainer.accumulate_grad_batches = batch_idx + 1 if last else batch_idx + 2
+            if self._part == 0:
+                trainer.optimizers[0].zero_grad()
+        elif self._own is not None:
+            trainer.accumulate_grad_batches = 1
         self._lr = _groups(trainer)[0]["lr"]  # a scheduler of the module changes it before the step is logged
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Weigh the loss where processes have unequal shares of the step, whose gradients DDP averages."""
-        if trainer.world_size == 1 or self._own is None:
+        """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
+        if self._own is None:
             return
-        examples = self._step_examples()
-        share = share_of(examples, trainer.global_rank, trainer.world_size)
-        weight = (share.stop - share.start) * trainer.world_size / examples
+        part = self._parts[self._part]
+        # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
+        scale = trainer.world_size * trainer.accumulate_grad_batches
+        weight = (part.stop - part.start) * scale / self._step_examples()
         if weight != 1:
             loss.register_hook(lambda gradient: gradient * weight)
 
@@ -203,10 +240,12 @@ class BatchLRScheduler(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advance the clock; log the step that was, set the learning rate of the next."""
-        steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if self._own is not None:
-            examples = self._step_examples()
+            self._part = (self._part + 1) % len(self._parts)
+            steps = self._part == 0
+            examples = self._step_examples() if steps else 0
         else:
+            steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
             examples = extract_batch_size(batch) * trainer.world_size
         self._progress = self._progress.advance(examples, int(steps))
         if not steps:
@@ -249,6 +288,7 @@ class BatchLRScheduler(Callback):
         self._restore_reload(trainer)
         if stage == "fit" and self._own is not None:
             self._own.unfollow()
+            trainer.accumulate_grad_batches = 1
 
     # --- parts
 
@@ -271,6 +311,10 @@ class BatchLRScheduler(Callback):
             raise MisconfigurationException(
                 "DeepSpeed fixes the batch size in its own configuration, so it cannot grow; use `strategy='ddp'`"
             )
+        if self._own is None and self.max_device_batch_size is not None:
+            raise MisconfigurationException(
+                "`max_device_batch_size` needs a `lightning_bsl.BatchSizeDataModule(train=...)`, which knows how to cut a step"
+            )
         if self._own is not None:
             if trainer.accumulate_grad_batches != 1:
                 raise MisconfigurationException(
@@ -289,6 +333,29 @@ class BatchLRScheduler(Callback):
             raise MisconfigurationException(
                 f"{type(owner).__name__} has no `batch_size`, so BatchLRScheduler cannot change it: keep `self.batch_size` (or "
                 "`save_hyperparameters()` with a `batch_size` argument) and read it in `train_dataloader`"
+            )
+
+    def _check_split(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what splitting steps into micro-batches does to the rest of the fit."""
+        sizes = [stage.batch_size for stage in self.plan.stages] if self.plan else [self._num_examples]
+        cap = self.max_device_batch_size
+        if cap is None or -(-max(sizes) // trainer.world_size) <= cap:
+            return
+        if trainer.limit_train_batches not in (None, 1.0) or isinstance(trainer.limit_train_batches, int):
+            raise MisconfigurationException(
+                f"`limit_train_batches={trainer.limit_train_batches}` counts micro-batches where `max_device_batch_size={cap}` "
+                "splits the steps, and would end inside one; write `BatchSizeDataModule(samples_per_epoch=...)` or "
+                "`Trainer(max_steps=...)`"
+            )
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"with manual optimization nobody can split a step of {max(sizes)} examples into micro-batches of {cap}; leave "
+                "out `max_device_batch_size`"
+            )
+        if any(isinstance(module, _BatchNorm) for module in pl_module.modules()):
+            rank_zero_warn(
+                f"the model has BatchNorm, whose statistics are those of a micro-batch: steps of more than {cap} examples a "
+                "process will not train exactly as in one piece"
             )
 
     def _set_horizon(self, horizon: Horizon) -> None:

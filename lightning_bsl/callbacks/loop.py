@@ -19,3 +19,17 @@ def ended_epoch(checkpoint: dict[str, Any]) -> bool:
     """
     batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return bool(batches["is_last_batch"] and batches["total"]["completed"] < batches["total"]["processed"])
+
+
+def set_batches_done(checkpoint: dict[str, Any], batches: int) -> None:
+    """Have Lightning resume an epoch after ``batches`` of its batches.
+
+    The checkpoint counts the micro-batches of the run that saved it, and those of a step that was not finished.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    current, total = progress["current"], progress["total"]
+    # in `on_train_batch_end` the batch just done is not counted as completed yet; Lightning makes up for it on resume
+    in_batch_end = total["ready"] == total["processed"] == total["completed"] + 1
+    shift = batches - in_batch_end - current["completed"]
+    for name in current:
+        current[name] += shift

@@ -75,7 +75,7 @@ class BatchSizeDataModule(LightningDataModule):
         self.seed = seed
         self.shuffle = shuffle
         self.samples_per_epoch = samples_per_epoch
-        self._schedule: tuple[Function, Callable[[], Progress], Callable[[], int]] | None = None
+        self._schedule: tuple[Function, Callable[[], Progress], Callable[[], int], int | None] | None = None
         self._train_loader: DataLoader[Any] | None = None
 
     @property
@@ -95,15 +95,22 @@ class BatchSizeDataModule(LightningDataModule):
         """Training examples of one epoch."""
         return self.samples_per_epoch or self.num_train_examples
 
-    def follow(self, batch_size: Function, clock: Callable[[], Progress], consumed: Callable[[], int] = int) -> None:
+    def follow(
+        self,
+        batch_size: Function,
+        clock: Callable[[], Progress],
+        consumed: Callable[[], int] = int,
+        max_device_batch_size: int | None = None,
+    ) -> None:
         """Let the batch size follow a schedule.
 
         Args:
             batch_size: The schedule.
             clock: Returns the progress at the start of the current epoch.
             consumed: Returns how many of its examples are consumed already.
+            max_device_batch_size: Most examples of a micro-batch.
         """
-        self._schedule = (batch_size, clock, consumed)
+        self._schedule = (batch_size, clock, consumed, max_device_batch_size)
         self._train_loader = None
 
     def unfollow(self) -> None:
@@ -113,7 +120,7 @@ class BatchSizeDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """The training loader: the same object every time, so that its workers survive a change of the batch size."""
         if self._train_loader is None:
-            batch_size, clock, consumed = self._schedule or (self.batch_size, self._epoch_clock, int)
+            batch_size, clock, consumed, most = self._schedule or (self.batch_size, self._epoch_clock, int, None)
             rank, world_size = self._process()
             sampler = GlobalBatchSampler(
                 self.num_train_examples,
@@ -124,6 +131,7 @@ class BatchSizeDataModule(LightningDataModule):
                 shuffle=self.shuffle,
                 rank=rank,
                 world_size=world_size,
+                max_device_batch_size=most,
                 samples_per_epoch=self.samples_per_epoch,
             )
             self._train_loader = DataLoader(

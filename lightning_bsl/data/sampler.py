@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,8 +32,29 @@ def share_of(examples: int, rank: int, world_size: int) -> slice:
     return slice(rank * examples // world_size, (rank + 1) * examples // world_size)
 
 
+def micro_batches(examples: int, rank: int, world_size: int, max_device_batch_size: int | None) -> list[slice]:
+    """The parts of a step's examples that process ``rank`` puts through the model one after another.
+
+    Every process has the same number of them, so that they can step together; a process with a smaller share may have an
+    empty one.
+
+    Args:
+        examples: Examples of the step.
+        rank: Index of the process.
+        world_size: Number of processes.
+        max_device_batch_size: Most examples of a micro-batch; ``None`` for no bound.
+    """
+    share = share_of(examples, rank, world_size)
+    largest = -(-examples // world_size)
+    count = -(-largest // (max_device_batch_size or largest))
+    cuts = [share.start + i * (share.stop - share.start) // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yields one list of indices for each optimizer step, the batch size following a schedule.
+    """Yields the indices of each optimizer step, the batch size following a schedule.
+
+    A step is one list of indices, or, beyond ``max_device_batch_size``, a list for each of its micro-batches.
 
     Every epoch is a permutation of the data set that depends on (seed, epoch) alone, cut into steps by the schedule; each
     example comes exactly once, in the last, short step of the epoch if need be. A schedule is a pure function of the
@@ -47,6 +69,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         shuffle: Whether to permute at all.
         rank: Index of this process, which gets its share of each step.
         world_size: Number of processes.
+        max_device_batch_size: Most examples of a micro-batch; a step has as many micro-batches as that takes.
         samples_per_epoch: Only that many examples, drawn anew each epoch without replacement (P4 trains Tiny-ImageNet on
             10,000 an epoch); all of them by default.
 
@@ -71,6 +94,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        max_device_batch_size: int | None = None,
         samples_per_epoch: int | None = None,
     ) -> None:
         if samples_per_epoch is not None and not 1 <= samples_per_epoch <= num_examples:
@@ -86,11 +110,24 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self.max_device_batch_size = max_device_batch_size
         self.samples_per_epoch = samples_per_epoch or num_examples
 
     def __len__(self) -> int:
-        """Steps of the epoch."""
-        return sum(run.steps for run in runs(self.schedule, self.clock(), self.samples_per_epoch))
+        """Batches of the epoch: its steps, or their micro-batches."""
+        return self.batches_in(self.samples_per_epoch)
+
+    def batches_in(self, examples: int) -> int:
+        """Batches that the epoch's steps over its first ``examples`` examples take."""
+        count = 0
+        for run in runs(self.schedule, self.clock(), self.samples_per_epoch):
+            full, rest = divmod(min(run.examples, examples), run.batch_size)
+            examples -= full * run.batch_size + rest
+            count += full * len(self._micro_batches(run.batch_size)) + (len(self._micro_batches(rest)) if rest else 0)
+        return count
+
+    def _micro_batches(self, examples: int) -> list[slice]:
+        return micro_batches(examples, self.rank, self.world_size, self.max_device_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         """The indices of this process, step by step."""
@@ -106,8 +143,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
             progress = progress.advance(len(step))
             if position <= consumed:
                 continue
-            # a process without a share must step with the others all the same: it repeats an example, at weight 0
-            yield step[share_of(len(step), self.rank, self.world_size)] or step[:1]
+            for part in self._micro_batches(len(step)):
+                # a process without a share must step with the others all the same: it repeats an example, at weight 0
+                yield step[part] or step[:1]
 
     def permutation(self, epoch: int) -> list[int]:
         """The order of the examples in ``epoch``."""
