@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import math
+from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
-from lightning_bsl.callbacks.loop import ended_epoch, loads_own_data, set_batches_done
+from lightning_bsl.callbacks.loaders import Loader, epoch_length, limit_of, loaders_of, local_size
+from lightning_bsl.callbacks.loop import ended_epoch, injects_sampler, loads_own_data, set_batches_done
 from lightning_bsl.data.datamodule import BatchSizeDataModule
 from lightning_bsl.data.sampler import GlobalBatchSampler, micro_batches
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
 from lightning_bsl.schedules.functions import Function
 from lightning_bsl.schedules.plan import EpochLength, check_fits
+from lightning_bsl.schedules.progress import UNITS
 
 
 def plan_fit(
@@ -40,11 +43,13 @@ def plan_fit(
     Args:
         schedule: Batch size and learning rate.
         num_examples: Training examples of an epoch.
-        max_epochs: As of ``Trainer``; ``None`` or -1 for no bound.
+        max_epochs: As of ``Trainer``; -1 for no bound.
         max_steps: As of ``Trainer``.
         limit_train_batches: As of ``Trainer``.
         epoch_length: As of [`plan`][lightning_bsl.schedules.plan].
     """
+    if max_epochs is None and max_steps == -1:
+        max_epochs = 1000  # as Trainer does
     epochs, steps = (None if bound is None or bound < 0 else bound for bound in (max_epochs, max_steps))
     limit = 1.0 if limit_train_batches is None else limit_train_batches
     if (epochs is None and steps is None) or epochs == 0 or steps == 0 or limit == 0:
@@ -104,6 +109,8 @@ class BatchLRScheduler(Callback):
         self._epoch_ended = False
         self._setting = BatchLR(1, None)
         self._own: BatchSizeDataModule | None = None  # the DataModule of the fit, if it is one of ours
+        self._foreign: Loader | None = None  # else its training loader, once it is known
+        self._first_size: int | None = None  # what somebody's DataModule had for a batch size
         self._num_examples = 0  # of one of its epochs
         self._lr = 0.0
         self._parts: list[slice] = []  # the micro-batches of the current step
@@ -142,13 +149,21 @@ class BatchLRScheduler(Callback):
             )
             self._check_split(trainer, pl_module)
         else:
+            self._first_size = cast(int, lightning_getattr(pl_module, "batch_size"))
             self._set_foreign(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """See whether Lightning will skip the end of an epoch, and count the batches done as this run cuts them."""
+        if self.state_key not in checkpoint["callbacks"]:
+            raise MisconfigurationException(
+                "the checkpoint was saved by a fit without BatchLRScheduler, so it does not say how many examples that fit had "
+                "consumed. To start growing from its weights, load them (`Model.load_from_checkpoint(...)`) and call `fit` "
+                "without `ckpt_path`; to go on as before, leave BatchLRScheduler out"
+            )
         self._epoch_ended = ended_epoch(checkpoint)
-        if self._own is not None and self.state_key in checkpoint["callbacks"]:
-            self.load_state_dict(checkpoint["callbacks"][self.state_key])
+        self.load_state_dict(checkpoint["callbacks"][self.state_key])
+        self._warn_of_jump(Horizon(**checkpoint["callbacks"][self.state_key]["horizon"]))
+        if self._own is not None:
             sampler = cast(GlobalBatchSampler, self._own.train_dataloader().batch_sampler)
             done = self._progress.samples - self._epoch_start.samples
             set_batches_done(checkpoint, len(sampler) if self._epoch_ended else sampler.batches_in(done))
@@ -164,10 +179,9 @@ class BatchLRScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The clock: plain integers."""
-        return {
-            name: {unit: clock.count(unit) for unit in ("epoch", "step", "samples")}
-            for name, clock in (("epoch_start", self._epoch_start), ("progress", self._progress))
-        }
+        clocks = {"epoch_start": self._epoch_start, "progress": self._progress}
+        state: dict[str, Any] = {name: {unit: getattr(clock, unit) for unit in UNITS} for name, clock in clocks.items()}
+        return state | {"horizon": asdict(self._progress.horizon)}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers and note the ratios of their param groups."""
@@ -193,10 +207,9 @@ class BatchLRScheduler(Callback):
         """Check what can be checked only now, and set the first learning rate."""
         if self._own is None:
             self._check_foreign(trainer)
-            loader = trainer.train_dataloader
-            if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__"):
-                num_examples = len(cast(Sized, loader.dataset))
-                self._make_plan(trainer, num_examples, partial(_epoch_length, trainer, num_examples, loader.drop_last))
+            self._plan_foreign(trainer)
+            self._probe_foreign(trainer, pl_module)
+        self._check_val_interval(trainer)
         self._apply(trainer)
 
     # --- training
@@ -223,7 +236,8 @@ class BatchLRScheduler(Callback):
                 trainer.optimizers[0].zero_grad()
         elif self._own is not None:
             trainer.accumulate_grad_batches = 1
-        self._lr = _groups(trainer)[0]["lr"]  # a scheduler of the module changes it before the step is logged
+        if groups := _groups(trainer):
+            self._lr = groups[0]["lr"]  # a scheduler of the module changes it before the step is logged
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
@@ -246,7 +260,7 @@ class BatchLRScheduler(Callback):
             examples = self._step_examples() if steps else 0
         else:
             steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-            examples = extract_batch_size(batch) * trainer.world_size
+            examples = self._foreign_examples(batch, batch_idx) * trainer.world_size
         self._progress = self._progress.advance(examples, int(steps))
         if not steps:
             return
@@ -289,6 +303,9 @@ class BatchLRScheduler(Callback):
         if stage == "fit" and self._own is not None:
             self._own.unfollow()
             trainer.accumulate_grad_batches = 1
+        if stage == "fit" and self._first_size is not None:
+            lightning_setattr(pl_module, "batch_size", self._first_size)
+            self._first_size = None
 
     # --- parts
 
@@ -307,6 +324,11 @@ class BatchLRScheduler(Callback):
                 "BatchSizeFinder sets the batch size that BatchLRScheduler schedules; remove it and bound the schedule with "
                 "`maximum=...`"
             )
+        if self.schedule.lr is not None and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise MisconfigurationException(
+                f"StochasticWeightAveraging and BatchLRScheduler(lr={self.schedule.lr}) would both set the rate; write "
+                "`lr=None`, or leave one of the two out"
+            )
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise MisconfigurationException(
                 "DeepSpeed fixes the batch size in its own configuration, so it cannot grow; use `strategy='ddp'`"
@@ -320,6 +342,10 @@ class BatchLRScheduler(Callback):
                 raise MisconfigurationException(
                     f"`accumulate_grad_batches={trainer.accumulate_grad_batches}` with a BatchSizeDataModule: its batch size "
                     "is already that of a whole optimizer step. Write `accumulate_grad_batches=1` and the batch size you want"
+                )
+            if injects_sampler(trainer):
+                raise MisconfigurationException(
+                    "a BatchSizeDataModule gives every process its share itself: write `Trainer(use_distributed_sampler=False)`"
                 )
             return
         if not loads_own_data(trainer):
@@ -368,7 +394,7 @@ class BatchLRScheduler(Callback):
             check_fits(self.schedule(self._progress).batch_size, num_examples, self._progress)
             return
         self.plan = plan_fit(
-            self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches, epoch_length
+            self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, limit_of(trainer), epoch_length
         )
         if self.plan is None:
             self.schedule(self._progress)  # no end to plan towards: at least the first step must be possible
@@ -387,6 +413,8 @@ class BatchLRScheduler(Callback):
         """Look up the next step and set its learning rate."""
         if self._finished():
             return
+        if self._own is None and self.plan is not None and self.plan.horizon.ends_before(self._progress):
+            return  # somebody's loader may go on for longer than could be seen: then the last rate stays
         clock = self._progress if self._own is not None else self._epoch_start
         batch_size = self.schedule.batch_size_at(clock)
         setting = BatchLR(batch_size, self.schedule.lr_at(self._progress, batch_size))
@@ -398,17 +426,98 @@ class BatchLRScheduler(Callback):
     def _set_foreign(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set ``batch_size`` where the loader is made: there it counts one process and one accumulated batch."""
         batch_size = self.schedule.batch_size_at(self._epoch_start)
-        lightning_setattr(pl_module, "batch_size", _local_size(trainer, batch_size))
+        lightning_setattr(pl_module, "batch_size", local_size(trainer, batch_size))
 
     def _check_foreign(self, trainer: Trainer) -> None:
-        """Raise if the loader has another batch size than it was told."""
-        loader = trainer.train_dataloader
-        expected = _local_size(trainer, self.schedule.batch_size_at(self._epoch_start))
-        actual = getattr(loader, "batch_size", None)
-        if actual is not None and actual != expected:
+        """Look at the training loader, and raise if it has another batch size than it was told."""
+        expected = local_size(trainer, self.schedule.batch_size_at(self._epoch_start))
+        loaders = loaders_of(trainer.train_dataloader)
+        sizes = [loader.batch_size for loader in loaders]
+        if expected not in sizes and sizes.count(None) < len(sizes):
+            actual = ", ".join(str(size) for size in sizes if size is not None)
             raise MisconfigurationException(
                 f"BatchLRScheduler set `batch_size={expected}` but the training DataLoader has batch_size={actual}: make it "
                 "anew in `train_dataloader`, from `self.batch_size` or `self.hparams.batch_size`"
+            )
+        if expected not in sizes:
+            rank_zero_warn(
+                f"BatchLRScheduler set `batch_size={expected}` but cannot see the batch size of the training loader, "
+                f"{type(trainer.train_dataloader).__name__}; see to it that it follows `self.batch_size`"
+            )
+        scheduled = [loader for loader in loaders if loader.batch_size == expected]
+        self._foreign = max(scheduled, key=lambda loader: loader.examples or 0, default=None)
+
+    def _plan_foreign(self, trainer: Trainer) -> None:
+        """Plan a fit on somebody's loader, as far as one can see its length."""
+        loader = self._foreign
+        if loader is not None and loader.examples is not None:
+            others = [other for other in loaders_of(trainer.train_dataloader) if other.batch_size != loader.batch_size]
+            length = partial(epoch_length, trainer, loader, others)
+            steps, _ = length(self.schedule.batch_size_at(self._epoch_start))
+            if steps == math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches):
+                self._make_plan(trainer, loader.examples * trainer.world_size, length)
+                return
+        clock = self._progress  # no plan, but what depends on the epoch alone can be tried
+        for epoch in range(clock.epoch, min(trainer.max_epochs or 0, 10_000)):
+            self.schedule(clock._replace(epoch=epoch))
+
+    def _probe_foreign(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a loader of the next size and throw it away: does it follow ``batch_size``, or does it only look so?"""
+        size = self.schedule.batch_size_at(self._epoch_start)
+        other = next((stage.batch_size for stage in self.plan.stages if stage.batch_size != size), None) if self.plan else None
+        if other is None:
+            return
+        owner = trainer.datamodule or pl_module  # type: ignore[attr-defined]
+        lightning_setattr(pl_module, "batch_size", local_size(trainer, other))
+        with isolate_rng():
+            loaders = loaders_of(owner.train_dataloader())
+        self._set_foreign(trainer, pl_module)
+        sizes = {loader.batch_size for loader in loaders}
+        if local_size(trainer, other) not in sizes and None not in sizes:
+            raise MisconfigurationException(
+                f"BatchLRScheduler will set `batch_size={local_size(trainer, other)}`, but then {type(owner).__name__} still "
+                f"makes a DataLoader with batch_size={', '.join(map(str, sizes))}: make it anew in `train_dataloader`, from "
+                "`self.batch_size` or `self.hparams.batch_size`"
+            )
+
+    def _foreign_examples(self, batch: Any, batch_idx: int) -> int:
+        """Examples of a batch of somebody's loader, on this process."""
+        loader = self._foreign
+        if loader is not None and (taken := loader.taken(batch_idx + 1)) is not None:
+            return taken - (loader.taken(batch_idx) or 0)
+        try:
+            return extract_batch_size(batch)
+        except MisconfigurationException:  # a batch of a type that Lightning cannot look into
+            return self._setting.batch_size
+
+    def _check_val_interval(self, trainer: Trainer) -> None:
+        """Refuse an interval between validations that a later, larger batch would leave no room for."""
+        interval = trainer.val_check_interval  # type: ignore[attr-defined]
+        if self.plan is None or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+            return
+        whole = [math.ceil(stage.steps / stage.epochs) for stage in self.plan.stages if stage.epochs >= 1]
+        batches = min(whole, default=interval) * trainer.accumulate_grad_batches
+        if interval > batches:
+            raise MisconfigurationException(
+                f"`val_check_interval={interval}` counts batches, but as the batch size grows an epoch will have only "
+                f"{batches} of them; write a fraction (1.0 for the end of the epoch), or `check_val_every_n_epoch=None` to "
+                "count over all epochs"
+            )
+
+    def _warn_of_jump(self, horizon: Horizon) -> None:
+        """Warn if the schedules jump where a run goes on for another length than it was begun with."""
+        if horizon == self._progress.horizon or self._finished():
+            return
+        try:
+            before, after = self.schedule(self._progress._replace(horizon=horizon)), self.schedule(self._progress)
+        except ValueError:
+            return  # beyond the end of the run as it was
+        if before != after:
+            rank_zero_warn(
+                f"the run goes on for another length than it was begun with, and its schedules count in fractions of it: at "
+                f"epoch {self._progress.epoch} the batch size jumps from {before.batch_size} to {after.batch_size} and the "
+                f"learning rate from {before.lr} to {after.lr}. Write the lengths (`every`, `over`, `total`) as ints to go on "
+                "without a jump"
             )
 
     def _reload(self, trainer: Trainer) -> None:
@@ -439,24 +548,3 @@ class BatchLRScheduler(Callback):
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-
-
-def _local_size(trainer: Trainer, batch_size: int) -> int:
-    """``batch_size`` for one process and one accumulated batch."""
-    parts = trainer.world_size * trainer.accumulate_grad_batches
-    if batch_size % parts:
-        raise MisconfigurationException(
-            f"the batch size {batch_size} cannot be split evenly over {trainer.world_size} processes x "
-            f"{trainer.accumulate_grad_batches} accumulated batches: write batch sizes that are multiples of {parts}, or use a "
-            "`BatchSizeDataModule`"
-        )
-    return batch_size // parts
-
-
-def _epoch_length(trainer: Trainer, num_examples: int, drop_last: bool, batch_size: int) -> tuple[int, int]:
-    """Optimizer steps and examples of an epoch of somebody's DataLoader."""
-    size = _local_size(trainer, batch_size)
-    mine = -(-num_examples // trainer.world_size)  # as DistributedSampler pads
-    batches, limit = mine // size if drop_last else -(-mine // size), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    return -(-batches // trainer.accumulate_grad_batches), min(batches * size, mine) * trainer.world_size

@@ -12,6 +12,11 @@ def loads_own_data(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop._data_source.is_module())
 
 
+def injects_sampler(trainer: Trainer) -> bool:
+    """Whether Lightning puts a sampler of its own into the loaders of a run of several processes."""
+    return trainer.world_size > 1 and bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
 def ended_epoch(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint was saved in ``on_train_batch_end`` of an epoch's last batch.
 

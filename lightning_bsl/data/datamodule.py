@@ -93,7 +93,10 @@ class BatchSizeDataModule(LightningDataModule):
     @property
     def num_epoch_examples(self) -> int:
         """Training examples of one epoch."""
-        return self.samples_per_epoch or self.num_train_examples
+        number, most = self.samples_per_epoch, self.num_train_examples
+        if number is not None and number > most:
+            raise ValueError(f"`samples_per_epoch={number}` must be at most the {most} examples of the training set")
+        return number or most
 
     def follow(
         self,
@@ -128,7 +131,8 @@ class BatchSizeDataModule(LightningDataModule):
                 clock,
                 consumed,
                 seed=self.seed,
-                shuffle=self.shuffle,
+                # to overfit a few batches they must be the same ones in every epoch
+                shuffle=self.shuffle and not (self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world_size,
                 max_device_batch_size=most,

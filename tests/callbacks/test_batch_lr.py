@@ -652,5 +652,6 @@ def test_plan_fit_reads_the_trainers_arguments() -> None:
     assert plan_fit(schedule, N, max_epochs=3, max_steps=7).steps == 7
     assert plan_fit(schedule, N, max_epochs=3, limit_train_batches=0.5).steps == 6
     assert plan_fit(schedule, N, max_epochs=3, limit_train_batches=2).steps == 6
-    for endless in ({"max_epochs": -1}, {}, {"max_epochs": 0}, {"max_steps": 0}):
+    assert plan_fit(schedule, N).steps == 5000  # Lightning's 1000 epochs
+    for endless in ({"max_epochs": -1}, {"max_epochs": 0}, {"max_steps": 0}):
         assert plan_fit(schedule, N, **endless) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ def test_micro_batches_partition_a_step(examples: int, world_size: int, cap: int
     sizes = [part.stop - part.start for process in parts for part in process]
     assert max(sizes) <= cap
     assert max(sizes) - min(sizes) <= 1 or min(sizes) == 0
-    assert len(parts[0]) == -(-(-(-examples // world_size)) // cap)  # no more than it takes
+    largest = math.ceil(examples / world_size)
+    assert len(parts[0]) == math.ceil(largest / cap)  # no more than it takes
 
 
 @settings(deadline=None)
@@ -198,10 +200,8 @@ def test_the_sampler_counts_its_batches(cap: int, world_size: int, epoch: int, d
         batches = list(sampler)
         assert len(batches) == len(sampler)
         size = int(schedule(clock))
-        rest = list(GlobalBatchSampler(
-            N, schedule, lambda: clock, lambda: size, rank=rank, world_size=world_size, max_device_batch_size=cap
-        ))  # fmt: skip
-        assert batches[sampler.batches_in(size) :] == rest
+        sampler.consumed = size.__int__
+        assert batches[sampler.batches_in(size) :] == list(sampler)
 
 
 def test_batch_norm_gets_one_warning(recwarn: pytest.WarningsRecorder) -> None:
