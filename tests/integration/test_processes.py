@@ -62,16 +62,16 @@ class Stranger(LightningDataModule):
     def val_dataloader(self):
         return DataLoader(examples(8), batch_size=4)
 
-if name == "own":
+if name.startswith("own"):
     # 61 examples in steps of 12 leave a step of one, of which a process has no share; 13 and 31 do not divide by 2
     datamodule = BatchSizeDataModule(examples(61), examples(8), eval_batch_size=4)
-    scheduler = BatchLRScheduler(Milestones([12, 13, 31], at=[6, 9], unit="step"), Exponential(0.01, 1.1))
+    scheduler = BatchLRScheduler(Milestones([12, 13, 31], at=[6, 9], unit="step"), Exponential(0.01, 1.1), int(name[3:] or 99))
 else:
     datamodule, scheduler = Stranger(), BatchLRScheduler(Exponential(8, 2), Exponential(0.01, 1.1))
 model = Regression()
 trainer = Trainer(
     accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=3,
-    use_distributed_sampler=name != "own", callbacks=[scheduler], logger=CSVLogger(out, name="", version=""),
+    use_distributed_sampler=not name.startswith("own"), callbacks=[scheduler], logger=CSVLogger(out, name="", version=""),
     log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0,
 )
 trainer.fit(model, datamodule=datamodule)
@@ -129,6 +129,20 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     losses, losses_of_two = ([float(r["val/loss"]) for r in log if r["val/loss"]] for log in (rows, rows_of_two))
     assert len(losses) == 3
     assert losses_of_two == pytest.approx(losses, rel=1e-9)
+
+
+def test_two_processes_split_their_shares_into_micro_batches(tmp_path: Path) -> None:
+    (one,), rows = go("own", 1, tmp_path / "1")
+    two, rows_of_two = go("own5", 2, tmp_path / "2")
+    assert max(len(indices) for process in two for indices, _ in process["seen"]) == 5
+    assert len(two[0]["seen"]) == len(two[1]["seen"]) > len(one["seen"])
+    weights = torch.tensor(flat(one["weights"][0]) + one["weights"][1], dtype=torch.float64)
+    for process in two:
+        of_two = torch.tensor(flat(process["weights"][0]) + process["weights"][1], dtype=torch.float64)
+        torch.testing.assert_close(of_two, weights, rtol=1e-12, atol=1e-13)
+        assert (process["samples"], process["step"]) == (one["samples"], one["step"])
+    for column in ("batch_size", "lr", "samples"):
+        assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
 
 
 def test_a_strangers_batch_is_split_over_two_processes(tmp_path: Path) -> None:
