@@ -8,16 +8,18 @@ from typing import Any, cast
 
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from lightning_bsl.callbacks import BatchLRScheduler, plan_fit
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.schedules import Plan
 
+OmegaConf.register_new_resolver("mul", lambda x, y: x * y, replace=True)  # conf/ derives a rate from another with it
+
 
 def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: LightningDataModule) -> Plan | None:
-    """The plan of the run that ``cfg`` describes; ``None`` for a run without an end.
+    """The plan of the run that ``cfg`` describes; ``None`` for a run without an end, or with ``fast_dev_run``.
 
     Args:
         cfg: The composed configuration; ``trainer`` gives the horizon.
@@ -28,12 +30,14 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
         ValueError: A schedule that cannot be run on these data, or over this horizon.
     """
     trainer = cfg.trainer
+    if trainer.get("fast_dev_run"):
+        return None
     return plan_fit(
         scheduler.schedule,
         _num_epoch_examples(datamodule),
         trainer.get("max_epochs"),
         trainer.get("max_steps", -1),
-        trainer.get("limit_train_batches"),
+        trainer.get("overfit_batches") or trainer.get("limit_train_batches"),  # as Lightning has it
     )
 
 
@@ -44,8 +48,10 @@ def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own
     warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck")
-    callbacks = [scheduler, instantiate(cfg.checkpoint), *instantiate(cfg.callbacks).values()]
-    return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=list(instantiate(cfg.logger).values())))
+    # `~callbacks` and `~logger` leave no such node
+    callbacks = [scheduler, instantiate(cfg.checkpoint), *instantiate(cfg.get("callbacks") or {}).values()]
+    loggers = list(instantiate(cfg.get("logger") or {}).values())
+    return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False))
 
 
 def _num_epoch_examples(datamodule: LightningDataModule) -> int:

@@ -123,7 +123,7 @@ def _training_set(kind: type[ImageDataModule], root: str | None) -> ImageTensors
 
 def _datamodule(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
     datamodule = _datamodule_of(kind, images, batch_size)
-    trainer: Any = SimpleNamespace(training=True, current_epoch=0, global_rank=0, world_size=1)
+    trainer: Any = SimpleNamespace(training=True, current_epoch=0, global_rank=0, world_size=1, overfit_batches=0)
     datamodule.trainer = trainer  # all that the DataModule asks of one
     return datamodule
 

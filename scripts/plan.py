@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> None:
     scheduler = instantiate(cfg.scheduler)
     plan = make_plan(cfg, scheduler, instantiate(cfg.data))
     if plan is None:
-        raise ValueError("a run without an end has no plan: write trainer.max_epochs or trainer.max_steps")
+        raise ValueError("no plan for fast_dev_run or a run without an end: write trainer.max_epochs or trainer.max_steps")
     out, folder = console(), Path(cfg.output_dir)
     out.print(plan_table(plan))
     plan.to_csv(folder / "plan.csv")

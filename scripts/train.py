@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import hydra
@@ -20,22 +21,26 @@ def main(cfg: DictConfig) -> float | None:
     datamodule = instantiate(cfg.data)
     scheduler = instantiate(cfg.scheduler)
     model = instantiate(cfg.model)
-    plan = make_plan(cfg, scheduler, datamodule)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning_bsl")  # the scheduler plans the fit again, and warns then
+        plan = make_plan(cfg, scheduler, datamodule)
     trainer = make_trainer(cfg, scheduler)
     out, folder = console(), Path(cfg.output_dir)
     if plan is not None and trainer.is_global_zero:
         plan.to_csv(folder / "plan.csv")
         out.print(plan_table(plan))
     trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path)
-    if trainer.is_global_zero and (folder / "metrics.csv").exists():
-        rows = read_metrics(folder / "metrics.csv")
-        if plan is not None:
-            out.print(run_table(plan, rows))
-        try:
-            plot_run(rows, folder / "curves.png")
-        except ModuleNotFoundError as error:
-            out.print(f"no curves.png: {error}")
-        out.print(f"{folder}: config in .hydra, plan.csv, metrics.csv, curves.png, checkpoints", soft_wrap=True)
+    if trainer.is_global_zero:
+        if (folder / "metrics.csv").exists():
+            rows = read_metrics(folder / "metrics.csv")
+            if plan is not None:
+                out.print(run_table(plan, rows))
+            try:
+                plot_run(rows, folder / "curves.png")
+            except ModuleNotFoundError as error:
+                out.print(f"no curves.png: {error}")
+        files = (".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints")
+        out.print(f"{folder}: {', '.join(file for file in files if (folder / file).exists())}", soft_wrap=True)
     accuracy = trainer.callback_metrics.get("val/accuracy")
     return None if accuracy is None else float(accuracy)
 

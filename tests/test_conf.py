@@ -17,7 +17,15 @@ from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.experiment import make_plan, make_trainer
 
 CONF = Path(__file__).parents[1] / "conf"
-CHOICES = sorted((str(file.parent.relative_to(CONF)), file.stem) for file in CONF.rglob("*.yaml") if file.parent != CONF)
+CHOICES = sorted(
+    (str(file.parent.relative_to(CONF)), file.stem)
+    for file in CONF.rglob("*.yaml")
+    if file.parent != CONF and not file.stem.startswith("_")  # what choices have in common
+)
+
+
+def choices(group: str) -> list[str]:
+    return [choice for of, choice in CHOICES if of == group]
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -49,8 +57,21 @@ def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_pat
         assert "CUDAAccelerator" in str(error) or "gpu" in str(error)
 
 
+@pytest.mark.parametrize("scheduler", choices("scheduler"))
+@pytest.mark.parametrize("override", [
+    f"{group}={choice}" for group, choice in CHOICES if group.startswith("scheduler/")
+])  # fmt: skip
+def test_every_preset_takes_every_choice(scheduler: str, override: str) -> None:
+    cfg = compose_config(f"scheduler={scheduler}", override)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(gamma|at its maximum).*")  # theory speaks against some of them
+        plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+    assert plan is not None
+    assert plan.samples == 14 * 1440
+
+
 @pytest.mark.parametrize("epochs", [1, 6, 300])
-@pytest.mark.parametrize("scheduler", [choice for group, choice in CHOICES if group == "scheduler"])
+@pytest.mark.parametrize("scheduler", choices("scheduler"))
 @pytest.mark.parametrize("data", ["digits", "cifar100"])
 def test_presets_fit_any_number_of_epochs(scheduler: str, epochs: int, data: str) -> None:
     if scheduler == "increasing_warmup" and epochs == 1:
@@ -78,3 +99,53 @@ def test_no_data_are_needed_to_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
     assert plan is not None
     assert plan.samples == 14 * 10_000
+
+
+@pytest.mark.parametrize("rule", ["linear_scaling", "sqrt_scaling"])
+@pytest.mark.parametrize("batch_size, base", [
+    ("scheduler.batch_size.start=16", 16), ("scheduler/batch_size=milestones", 8), ("scheduler.batch_size=32", 8)
+])  # fmt: skip
+def test_scaling_starts_from_the_first_batch_size(rule: str, batch_size: str, base: int) -> None:
+    cfg = compose_config(f"scheduler/lr={rule}", batch_size)
+    assert cfg.scheduler.lr.base_batch_size == base
+    assert instantiate(cfg.scheduler).schedule.lr(base) == cfg.optimizer.lr
+
+
+@pytest.mark.parametrize("optimizer, peak", [("sgd", 0.5), ("adam", 0.005)])
+def test_warmup_ends_at_five_times_the_rate_of_the_optimizer(optimizer: str, peak: float) -> None:
+    for lr in ("warmup_constant", "warmup_cosine"):
+        cfg = compose_config("scheduler=increasing_warmup", f"scheduler/lr={lr}", f"optimizer={optimizer}")
+        assert cfg.scheduler.lr.then.start == pytest.approx(peak)
+
+
+def test_optimal_growth_has_its_factor_and_takes_another() -> None:
+    assert compose_config("scheduler=optimal_growth").scheduler.lr.factor == 1.4
+    assert compose_config("scheduler=optimal_growth", "scheduler.lr.factor=1.3").scheduler.lr.factor == 1.3
+
+
+@pytest.mark.parametrize("data", choices("data"))
+def test_every_data_set_takes_the_common_overrides(data: str) -> None:
+    cfg = compose_config(f"data={data}", "data.root=DIR", "data.download=true", "data.samples_per_epoch=600", "seed=3")
+    datamodule = instantiate(cfg.data)
+    assert (str(datamodule.root), datamodule.download, datamodule.num_epoch_examples, datamodule.seed) == ("DIR", True, 600, 3)
+    assert "batch_size" not in cfg.data  # the scheduler's business
+
+
+@pytest.mark.parametrize("overrides", [("logger=none",), ("~logger", "~callbacks")])
+def test_no_logger_and_no_callbacks(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    cfg = compose_config(*overrides, f"hydra.runtime.output_dir={tmp_path}")
+    trainer = make_trainer(cfg, instantiate(cfg.scheduler))
+    assert trainer.loggers == []
+
+
+@pytest.mark.parametrize("overrides, samples", [
+    (("+trainer.overfit_batches=2", "scheduler=constant"), 14 * 2 * 128),
+    (("+trainer.overfit_batches=0.5", "trainer.limit_train_batches=3", "scheduler=constant"), 14 * 6 * 128),
+    (("+trainer.overfit_batches=0.0", "trainer.limit_train_batches=3", "scheduler=constant"), 14 * 3 * 128),
+    (("+trainer.fast_dev_run=true",), None),
+    (("trainer.max_epochs=-1",), None),
+])  # fmt: skip
+def test_plan_follows_the_arguments_of_the_trainer(overrides: tuple[str, ...], samples: int | None) -> None:
+    cfg = compose_config(*overrides)
+    plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+    assert (plan and plan.samples) == samples

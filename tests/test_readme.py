@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from hydra.utils import instantiate
+
+from tests.test_conf import compose_config
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    command
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+    for command in line.split("#")[0].split("&&")
+    if re.search(r"scripts/(train|plan)\.py", command)
+]
 
 
 def test_python_blocks_run_as_one_file(tmp_path: Path) -> None:
@@ -36,5 +50,24 @@ def test_tables_name_every_choice() -> None:
         "callbacks",
     ):
         (row,) = re.findall(rf"^\| `{group}` \|(.*)$", README, flags=re.M)
-        choices = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")}
+        choices = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if not file.stem.startswith("_")}
         assert choices <= set(re.findall(r"`(\w+)`", row)), group
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str) -> None:
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    assert (ROOT / script).is_file()
+    overrides = [argument for argument in arguments if not argument.startswith(("-", "ckpt_path="))]
+    sweeps = [[override] for override in overrides]
+    if "-m" in arguments:
+        names = [override.partition("=") for override in overrides]
+        sweeps = [[f"{name}={value}" for value in values.split(",")] for name, _, values in names]
+    for run in itertools.product(*sweeps):
+        cfg = compose_config(*run)
+        instantiate(cfg.scheduler), instantiate(cfg.data)
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 9

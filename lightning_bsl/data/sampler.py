@@ -152,4 +152,4 @@ class GlobalBatchSampler(Sampler[list[int]]):
         if not self.shuffle:
             return list(range(self.samples_per_epoch))
         order = torch.randperm(self.num_examples, generator=epoch_generator(self.seed, epoch))
-        return order[: self.samples_per_epoch].tolist()  # type: ignore[no-any-return]
+        return order[: self.samples_per_epoch].tolist()

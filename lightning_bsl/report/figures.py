@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_bsl.report.run import Row, curve, epoch_means
+from lightning_bsl.report.run import Row, curve, epoch_ends
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def plot_run(rows: list[Row], path: str | Path) -> None:
     """
     figure, axes = _figure(2, 2, (11, 7))
     (batch, rate), (loss, accuracy) = axes
-    ends = epoch_means(rows)
+    ends = epoch_ends(rows)
     batch.step(*curve(rows, "batch_size"), where="pre", color=_BATCH)
     batch.set_yscale("log", base=2)
     batch.yaxis.set_major_formatter("{x:g}")

@@ -27,7 +27,7 @@ def curve(rows: list[Row], name: str, against: str = "samples") -> tuple[list[fl
     return [x for x, _ in points], [y for _, y in points]
 
 
-def epoch_means(rows: list[Row]) -> list[Row]:
+def epoch_ends(rows: list[Row]) -> list[Row]:
     """Of the rows of each epoch the last one: that of its end."""
     last = {row["epoch"]: row for row in rows if "train/loss" in row}
     return list(last.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hydra.utils import instantiate
+
+from lightning_bsl.experiment import make_plan
+from lightning_bsl.schedules import Progress
+from tests.test_conf import compose_config
 
 ROOT = Path(__file__).parents[2]
 FIRST_COLUMNS = ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
@@ -46,24 +52,39 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def check_as_planned(plan: Path, run: Path) -> None:
-    """Every row of a run's metrics has the batch size, the rate and the samples that the plan foretold."""
+def replay(overrides: tuple[str, ...], num_examples: int) -> list[tuple[int, float, int]]:
+    """Batch size, rate and samples (with it) of every optimizer step, each asked of the schedule by itself."""
+    cfg = compose_config(*overrides)
+    scheduler = instantiate(cfg.scheduler)
+    plan = make_plan(cfg, scheduler, instantiate(cfg.data))
+    assert plan is not None
+    limit = cfg.trainer.limit_train_batches or 1.0
+    steps: list[tuple[int, float, int]] = []
+    clock = Progress(horizon=plan.horizon)
+    while not plan.horizon.ends_before(clock):
+        epoch, ahead = [], clock
+        while left := num_examples - (ahead.samples - clock.samples):
+            epoch.append(scheduler.schedule(ahead))
+            ahead = ahead.advance(min(epoch[-1].batch_size, left))
+        end = clock.samples + num_examples
+        for batch_size, lr in epoch[: limit if isinstance(limit, int) else int(len(epoch) * limit)]:
+            clock = clock.advance(min(batch_size, end - clock.samples))
+            steps.append((batch_size, lr, clock.samples))
+            if plan.horizon.ends_before(clock):
+                return steps
+        clock = clock.next_epoch()
+    return steps
+
+
+def check_as_planned(plan: Path, run: Path, overrides: tuple[str, ...], num_examples: int = 1440) -> None:
+    """Every row of a run's metrics has exactly the batch size, the rate and the samples that the schedule says."""
     assert (run / "plan.csv").read_text() == (plan / "plan.csv").read_text()
     assert (plan / "plan.png").exists()
-    stages, rows = read(plan / "plan.csv"), read(run / "metrics.csv")
-    assert int(rows[-1]["step"]) + 1 == sum(int(stage["steps"]) for stage in stages)
-    assert float(rows[-1]["samples"]) == sum(int(stage["samples"]) for stage in stages)
+    steps, stages, rows = replay(overrides, num_examples), read(plan / "plan.csv"), read(run / "metrics.csv")
+    assert len(steps) == sum(int(stage["steps"]) for stage in stages)
+    assert {int(row["step"]) for row in rows} >= {*range(6, len(steps), 7), len(steps) - 1}
     for row in rows:
-        done, start = int(row["step"]) + 1, 0
-        for stage in stages:
-            if start < done <= start + int(stage["steps"]):
-                break
-            start += int(stage["steps"])
-        assert float(row["batch_size"]) == int(stage["batch_size"])
-        low, high = sorted((float(stage["lr"]), float(stage["last_lr"])))
-        assert low <= float(row["lr"]) <= high
-        whole = sum(int(s["samples"]) for s in stages if int(s["stage"]) < int(stage["stage"]))
-        assert whole < float(row["samples"]) <= whole + int(stage["samples"])
+        assert tuple(float(row[name]) for name in ("batch_size", "lr", "samples")) == steps[int(row["step"])], row
 
 
 def test_first_command_learns_the_digits(tmp_path: Path) -> None:
@@ -91,7 +112,7 @@ def test_first_command_learns_the_digits(tmp_path: Path) -> None:
 def test_metrics_are_as_planned(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     run("plan.py", *overrides, folder=tmp_path / "plan")
     run("train.py", *overrides, "trainer.log_every_n_steps=7", "trainer.enable_progress_bar=false", folder=tmp_path / "run")
-    check_as_planned(tmp_path / "plan", tmp_path / "run")
+    check_as_planned(tmp_path / "plan", tmp_path / "run", overrides)
 
 
 FASHION_MNIST = ("data=fashion_mnist", "data.root=/usr/share/datasets/fashion-mnist", "scheduler=increasing_both")
@@ -111,8 +132,9 @@ needs_fashion_mnist = pytest.mark.skipif(
 )
 def test_real_fashion_mnist(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     run("plan.py", "data=fashion_mnist", "model=cnn5", *overrides, folder=tmp_path / "plan")  # without the data
-    run("train.py", *FASHION_MNIST, "model=cnn5", *overrides, "trainer.enable_progress_bar=false", folder=tmp_path / "run")
-    check_as_planned(tmp_path / "plan", tmp_path / "run")
+    run("train.py", *FASHION_MNIST, "model=cnn5", *overrides, "trainer.log_every_n_steps=7",
+        "trainer.enable_progress_bar=false", folder=tmp_path / "run")  # fmt: skip
+    check_as_planned(tmp_path / "plan", tmp_path / "run", (*FASHION_MNIST, *overrides), 60_000)
     accuracies = [float(row["val/accuracy"]) for row in read(tmp_path / "run" / "metrics.csv") if row["val/accuracy"]]
     assert max(accuracies) > (0.9 if "whole" in str(tmp_path) else 0.6)
 
@@ -174,3 +196,38 @@ def test_bad_input_is_refused_before_training(
     for message in messages:
         assert message in printed, printed
     assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def files_listed(printed: str) -> list[str]:
+    return printed.strip().splitlines()[-1].partition(": ")[2].split(", ")
+
+
+@pytest.mark.parametrize("overrides, files", [
+    ((), [".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints"]),
+    (("logger=none",), [".hydra", "plan.csv", "checkpoints"]),
+    (("~logger", "~callbacks", "+trainer.fast_dev_run=true"), [".hydra", "checkpoints"]),
+])  # fmt: skip
+def test_lists_the_files_that_there_are(overrides: tuple[str, ...], files: list[str], run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    printed = run("train.py", *overrides, "trainer.max_epochs=1", "trainer.enable_progress_bar=false", folder=folder)
+    assert files_listed(printed) == files
+    assert {path.name for path in folder.iterdir()} - {"train.log"} == set(files)
+    assert ("val acc" in printed) == ("metrics.csv" in files)
+
+
+def test_warns_once_of_the_plan(run: Run, tmp_path: Path) -> None:
+    overrides = ("scheduler.lr.factor=1.5", "trainer.max_epochs=2", "trainer.enable_progress_bar=false")
+    with pytest.warns(UserWarning, match="gamma") as caught:
+        run("train.py", *overrides, folder=tmp_path / "run")
+    assert sum("gamma" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject, bounds", [("callback", 2), ("data", 9)])
+def test_benchmark_ends_with_its_ratios(subject: str, bounds: int) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--rounds", "1", subject]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+    form = rf"{subject}/\S+: ratio [\d.e+-]+, bound [\d.]+"
+    lines = [bool(re.fullmatch(form, line)) for line in printed.splitlines()]
+    assert lines[-bounds:] == [True] * bounds
+    assert not any(lines[:-bounds])
