@@ -492,7 +492,7 @@ class BatchLRScheduler(Callback):
 
     def _check_val_interval(self, trainer: Trainer) -> None:
         """Refuse an interval between validations that a later, larger batch would leave no room for."""
-        interval = trainer.val_check_interval  # type: ignore[attr-defined]
+        interval = trainer.val_check_interval
         if self.plan is None or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
             return
         whole = [math.ceil(stage.steps / stage.epochs) for stage in self.plan.stages if stage.epochs >= 1]

@@ -62,7 +62,7 @@ def local_size(trainer: Trainer, batch_size: int) -> int:
 
 def limit_of(trainer: Trainer) -> float | None:
     """The bound on an epoch's batches: an ``int`` number, a fraction, or ``None``."""
-    return trainer.overfit_batches or trainer.limit_train_batches  # type: ignore[attr-defined, no-any-return]
+    return trainer.overfit_batches or trainer.limit_train_batches  # type: ignore[attr-defined]
 
 
 def epoch_length(trainer: Trainer, scheduled: Loader, others: list[Loader], batch_size: int) -> tuple[int, int]:
