@@ -113,7 +113,7 @@ class BatchLRScheduler(Callback):
         self._first_size: int | None = None  # what somebody's DataModule had for a batch size
         self._num_examples = 0  # of one of its epochs
         self._lr = 0.0
-        self._parts: list[slice] = []  # the micro-batches of the current step
+        self._parts: tuple[slice, ...] = ()  # the micro-batches of the current step
         self._part = 0  # the index of the current one
         self._ratios: list[float] = []
         self._reload_every: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -32,7 +33,8 @@ def share_of(examples: int, rank: int, world_size: int) -> slice:
     return slice(rank * examples // world_size, (rank + 1) * examples // world_size)
 
 
-def micro_batches(examples: int, rank: int, world_size: int, max_device_batch_size: int | None) -> list[slice]:
+@lru_cache(maxsize=256)  # asked at every step, nearly always for the same size
+def micro_batches(examples: int, rank: int, world_size: int, max_device_batch_size: int | None) -> tuple[slice, ...]:
     """The parts of a step's examples that process ``rank`` puts through the model one after another.
 
     Every process has the same number of them, so that they can step together; a process with a smaller share may have an
@@ -48,7 +50,7 @@ def micro_batches(examples: int, rank: int, world_size: int, max_device_batch_si
     largest = -(-examples // world_size)
     count = -(-largest // (max_device_batch_size or largest))
     cuts = [share.start + i * (share.stop - share.start) // count for i in range(count + 1)]
-    return [slice(start, stop) for start, stop in pairwise(cuts)]
+    return tuple(slice(start, stop) for start, stop in pairwise(cuts))
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -126,7 +128,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             count += full * len(self._micro_batches(run.batch_size)) + (len(self._micro_batches(rest)) if rest else 0)
         return count
 
-    def _micro_batches(self, examples: int) -> list[slice]:
+    def _micro_batches(self, examples: int) -> tuple[slice, ...]:
         return micro_batches(examples, self.rank, self.world_size, self.max_device_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
