@@ -107,7 +107,8 @@ class BatchLRScheduler(Callback):
         self._epoch_start = self._loader_start = self._progress = Progress()
         self._end = Horizon()
         self._epoch_ended = False
-        self._setting = BatchLR(1, None)
+        self._setting = self._logged = BatchLR(1, None)
+        self._settled_until: float = 0  # the step at which the setting may next change, inside the epoch
         self._own: BatchSizeDataModule | None = None  # the DataModule of the fit, if it is one of ours
         self._foreign: Loader | None = None  # else its training loader, once it is known
         self._first_size: int | None = None  # what somebody's DataModule had for a batch size
@@ -236,12 +237,12 @@ class BatchLRScheduler(Callback):
                 trainer.optimizers[0].zero_grad()
         elif self._own is not None:
             trainer.accumulate_grad_batches = 1
-        if groups := _groups(trainer):
+        if self.schedule.lr is None and (groups := _groups(trainer)):
             self._lr = groups[0]["lr"]  # a scheduler of the module changes it before the step is logged
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
-        if self._own is None:
+        if self._own is None or len(self._parts) == trainer.world_size == 1:
             return
         part = self._parts[self._part]
         # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
@@ -264,11 +265,11 @@ class BatchLRScheduler(Callback):
         self._progress = self._progress.advance(examples, int(steps))
         if not steps:
             return
-        first = self._progress.step == self._epoch_start.step + 1
+        first = self._progress.step == self._epoch_start.step + 1 and self._setting != self._logged  # for the progress bar
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if first or trainer.should_stop or (every and self._progress.step % every == 0):
             self._log(trainer, pl_module, on_step=True, on_epoch=False)
-        if not trainer.is_last_batch:
+        if self._progress.step >= self._settled_until and not trainer.is_last_batch:
             self._apply(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -422,6 +423,10 @@ class BatchLRScheduler(Callback):
             for group, ratio in zip(_groups(trainer), self._ratios):
                 group["lr"] = setting.lr * ratio
         self._setting = setting
+        steps, every_step = self.schedule.lr_steps_to_change(self._progress, batch_size)
+        if self._own is not None:
+            steps = min(steps, self.schedule.batch_steps_to_change(self._progress, batch_size))
+        self._settled_until = self._progress.step + (1 if every_step else steps)
 
     def _set_foreign(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set ``batch_size`` where the loader is made: there it counts one process and one accumulated batch."""
@@ -532,6 +537,7 @@ class BatchLRScheduler(Callback):
             self._reload_every = None
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, on_step: bool, on_epoch: bool) -> None:
+        self._logged = self._setting
         lr = self._lr if self._setting.lr is None else self._setting.lr
         values = {"batch_size": self._setting.batch_size, "lr": lr, "samples": self._progress.samples}
         for name, value in values.items():
