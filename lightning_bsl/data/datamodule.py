@@ -136,6 +136,7 @@ class BatchSizeDataModule(LightningDataModule):
                 rank=rank,
                 world_size=world_size,
                 max_device_batch_size=most,
+                as_tensors=getattr(self.train_set, "takes_tensors", False),
                 samples_per_epoch=self.samples_per_epoch,
             )
             self._train_loader = DataLoader(

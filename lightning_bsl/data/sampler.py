@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from lightning_bsl.schedules import JointSchedule, Progress
@@ -72,6 +74,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         rank: Index of this process, which gets its share of each step.
         world_size: Number of processes.
         max_device_batch_size: Most examples of a micro-batch; a step has as many micro-batches as that takes.
+        as_tensors: Whether to yield tensors instead of lists, for a data set whose ``__getitems__`` takes them.
         samples_per_epoch: Only that many examples, drawn anew each epoch without replacement (P4 trains Tiny-ImageNet on
             10,000 an epoch); all of them by default.
 
@@ -97,6 +100,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         max_device_batch_size: int | None = None,
+        as_tensors: bool = False,
         samples_per_epoch: int | None = None,
     ) -> None:
         if samples_per_epoch is not None and not 1 <= samples_per_epoch <= num_examples:
@@ -113,6 +117,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.max_device_batch_size = max_device_batch_size
+        self.as_tensors = as_tensors
         self.samples_per_epoch = samples_per_epoch or num_examples
 
     def __len__(self) -> int:
@@ -136,7 +141,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self._steps(self.clock(), self.consumed())  # the clock is read now, not when a worker asks for the first batch
 
     def _steps(self, progress: Progress, consumed: int) -> Iterator[list[int]]:
-        order = self.permutation(progress.epoch)
+        order: Any = self._order(progress.epoch) if self.as_tensors else self.permutation(progress.epoch)
         position, batch_size = 0, None
         while position < len(order):
             batch_size = size_at(self.schedule, progress, len(order), batch_size)
@@ -147,11 +152,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 continue
             for part in self._micro_batches(len(step)):
                 # a process without a share must step with the others all the same: it repeats an example, at weight 0
-                yield step[part] or step[:1]
+                yield step[part] if part.stop > part.start else step[:1]
 
     def permutation(self, epoch: int) -> list[int]:
         """The order of the examples in ``epoch``."""
+        return self._order(epoch).tolist()
+
+    def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:
-            return list(range(self.samples_per_epoch))
-        order = torch.randperm(self.num_examples, generator=epoch_generator(self.seed, epoch))
-        return order[: self.samples_per_epoch].tolist()
+            return torch.arange(self.samples_per_epoch)
+        return torch.randperm(self.num_examples, generator=epoch_generator(self.seed, epoch))[: self.samples_per_epoch]
