@@ -60,14 +60,7 @@ def _rows(plan: Plan) -> list[Stage]:
     rows: list[Stage] = []
     for stage in plan.stages:
         if rows and rows[-1].batch_size == stage.batch_size:
-            row = rows[-1]
-            rows[-1] = replace(
-                row,
-                epochs=round(row.epochs + stage.epochs, 6),
-                steps=row.steps + stage.steps,
-                samples=row.samples + stage.samples,
-                last_lr=stage.last_lr,
-            )
+            rows[-1] = rows[-1].join(stage)
         else:
             rows.append(replace(stage, stage=len(rows)))
     return rows

@@ -42,6 +42,16 @@ class Stage:
     lr: float | None
     last_lr: float | None
 
+    def join(self, after: Stage) -> Stage:
+        """This stage and the one that follows it as one, with this one's index, start and batch size."""
+        return replace(
+            self,
+            epochs=self.epochs + after.epochs,
+            steps=self.steps + after.steps,
+            samples=self.samples + after.samples,
+            last_lr=after.last_lr,
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -234,7 +244,8 @@ def plan(
         cut: _Cutter = partial(_runs_of_one_size, num_examples=num_examples, length=epoch_length)
     else:
         cut = partial(runs, num_examples=num_examples, limit_batches=limit_batches)
-        if epochs is not None and steps is None and samples is None and repr(limit_batches) == "1.0":  # 1 is one step
+        whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0  # the int 1 is one step
+        if epochs is not None and steps is None and samples is None and whole_epochs:
             samples = epochs * num_examples
     horizon = Horizon(epochs, steps, samples)
     # the length in the other units follows from the batch sizes alone, so it is known before the rates are asked
@@ -256,17 +267,12 @@ def _walk(schedule: JointSchedule, cut: _Cutter, horizon: Horizon, end: Horizon)
     previous_varies = False
     for run, first_epoch, share in _until(schedule, cut, Progress(horizon=horizon), end):
         lr, last_lr, varies = _rates(schedule, run)
+        stage = Stage(len(stages), first_epoch, share, run.steps, run.examples, run.batch_size, lr, last_lr)
         previous = stages[-1] if stages else None
         if previous and previous.batch_size == run.batch_size and varies == previous_varies and (varies or previous.lr == lr):
-            stages[-1] = replace(
-                previous,
-                epochs=previous.epochs + share,
-                steps=previous.steps + run.steps,
-                samples=previous.samples + run.examples,
-                last_lr=last_lr,
-            )
+            stages[-1] = previous.join(stage)
         else:
-            stages.append(Stage(len(stages), first_epoch, share, run.steps, run.examples, run.batch_size, lr, last_lr))
+            stages.append(stage)
         previous_varies = varies
     return stages
 
