@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, StochasticWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_setattr
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from lightning_bsl.callbacks.ceiling import MemoryCeiling
 from lightning_bsl.callbacks.loaders import Loader, epoch_length, limit_of, loaders_of, local_size
-from lightning_bsl.callbacks.loop import ended_epoch, injects_sampler, loads_own_data, set_batches_done
+from lightning_bsl.callbacks.loop import ended_epoch, set_batches_done, walk_steps, walk_steps_no_more
+from lightning_bsl.callbacks.refusals import (
+    check_beside_scheduler,
+    check_ceiling,
+    check_same_on_all_processes,
+    check_split,
+    check_val_interval,
+    refuse,
+)
+from lightning_bsl.callbacks.state import rng_state, set_rng_state, torch_rng_state
 from lightning_bsl.data.datamodule import BatchSizeDataModule
 from lightning_bsl.data.sampler import GlobalBatchSampler, micro_batches
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
@@ -72,14 +82,16 @@ class BatchLRScheduler(Callback):
     Args:
         batch_size: An ``int``, a schedule, or a function ``progress -> float``.
         lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
-            ``None`` to leave the learning rates to the module.
+            ``None`` to leave the learning rates to the module. Where the module has a scheduler of its own, a scaling rule
+            multiplies what that sets, by the rule's rate for the batch size over the rule's own (its first argument).
         max_device_batch_size: Most examples that one process puts through the model at once. A larger step is split into
-            micro-batches, and its gradient is the mean over its examples all the same. Needs a ``BatchSizeDataModule``.
+            micro-batches, and its gradient is the mean over its examples all the same. ``"auto"`` halves the micro-batch
+            whenever memory runs out, and repeats the step. Needs a ``BatchSizeDataModule``.
 
     Raises:
-        ValueError: ``max_device_batch_size`` below 1. At fit start: a batch size below 1 or above the data set, a learning
-            rate that is not above 0 and finite, a schedule over a fraction of a run that has no end, a horizon shorter than a
-            warm-up.
+        ValueError: ``max_device_batch_size`` is no number above 0 and not "auto". At fit start: a batch size below 1 or above
+            the data set, a learning rate that is not above 0 and finite, a schedule over a fraction of a run that has no end,
+            a horizon shorter than a warm-up.
         MisconfigurationException: At fit start: something in the fit that cannot work, with the remedy.
 
     Example:
@@ -97,11 +109,13 @@ class BatchLRScheduler(Callback):
         self,
         batch_size: Function | int,
         lr: Function | ScalingRule | float | None = None,
-        max_device_batch_size: int | None = None,
+        max_device_batch_size: int | Literal["auto"] | None = None,
     ) -> None:
-        if max_device_batch_size is not None and max_device_batch_size < 1:
-            raise ValueError(f"`max_device_batch_size={max_device_batch_size}` must be 1 or more, or None for no bound")
+        size = max_device_batch_size
+        if size is not None and (size < 1 if isinstance(size, int) else size != "auto"):
+            raise ValueError(f"`max_device_batch_size={size!r}` must be 1 or more, 'auto', or None for no bound")
         self.max_device_batch_size = max_device_batch_size
+        self._cap = None if isinstance(size, str) else size  # the bound that the loader cuts by
         self.schedule = JointSchedule(batch_size, lr)
         self.plan: Plan | None = None
         self._epoch_start = self._loader_start = self._progress = Progress()
@@ -116,13 +130,46 @@ class BatchLRScheduler(Callback):
         self._lr = 0.0
         self._parts: tuple[slice, ...] = ()  # the micro-batches of the current step
         self._part = 0  # the index of the current one
+        self._weight = 1.0  # of its loss in the step's mean
+        self._ceiling = MemoryCeiling() if max_device_batch_size == "auto" else None
         self._ratios: list[float] = []
+        self._factor = 1.0
+        self._scales = False  # whether a scaling rule multiplies what the module's own scheduler sets
+        self._hooks: list[RemovableHandle] = []
+        self._unscaled: dict[int, list[Any]] = {}  # the module's rates while an optimizer takes its step
+        self._step_rng: dict[str, Any] | None = None  # at the start of the step that is under way
+        self._restored_rng: dict[str, Any] | None = None
         self._reload_every: int | None = None
 
     @property
     def progress(self) -> Progress:
         """The clock: what has been trained so far."""
         return self._progress
+
+    def estimated_steps(self, trainer: Trainer) -> int:
+        """Optimizer steps of the whole fit, for a scheduler made in ``configure_optimizers``.
+
+        ``trainer.estimated_stepping_batches`` counts every epoch with today's batch size; this follows the schedule.
+
+        Args:
+            trainer: The Trainer, in a fit.
+
+        Raises:
+            RuntimeError: Called before the fit has begun (``configure_optimizers`` is the earliest).
+            ValueError: The run has no end, or one that cannot be seen from the training loader.
+        """
+        if not any(callback is self for callback in trainer.callbacks) or trainer.state.fn != TrainerFn.FITTING:  # type: ignore[attr-defined]
+            raise RuntimeError("`estimated_steps` is known from `configure_optimizers` on, in a fit of this Trainer")
+        if self._own is None and self.plan is None:
+            _ = trainer.estimated_stepping_batches  # has Lightning make the training loader
+            self._check_foreign(trainer)
+            self._plan_foreign(trainer)
+        if self.plan is None:
+            raise ValueError(
+                "the number of steps is not known: give the Trainer `max_epochs` or `max_steps`, and a training loader with "
+                "a length"
+            )
+        return self.plan.steps
 
     # --- start of a fit
 
@@ -132,8 +179,10 @@ class BatchLRScheduler(Callback):
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         self._own = datamodule if isinstance(datamodule, BatchSizeDataModule) else None
-        self._refuse(trainer, pl_module)
-        self._epoch_ended, self._part = False, 0
+        if sum(isinstance(callback, BatchLRScheduler) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise MisconfigurationException("there are two BatchLRScheduler among the callbacks; keep one")
+        refuse(trainer, pl_module, self.schedule, self.max_device_batch_size)
+        self._epoch_ended, self._part, self._step_rng, self._restored_rng = False, 0, None, None
         if trainer.global_step == 0:
             self._epoch_start = self._progress = Progress()
         self._end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
@@ -146,9 +195,10 @@ class BatchLRScheduler(Callback):
                 cast(Function, self.schedule.batch_size),
                 lambda: self._loader_start,
                 lambda: self._progress.samples - self._epoch_start.samples,
-                self.max_device_batch_size,
+                self._cap,
             )
-            self._check_split(trainer, pl_module)
+            sizes = [stage.batch_size for stage in self.plan.stages] if self.plan else [self._num_examples]
+            check_split(trainer, pl_module, self._cap, max(sizes))
         else:
             self._first_size = cast(int, lightning_getattr(pl_module, "batch_size"))
             self._set_foreign(trainer, pl_module)
@@ -168,6 +218,11 @@ class BatchLRScheduler(Callback):
             sampler = cast(GlobalBatchSampler, self._own.train_dataloader().batch_sampler)
             done = self._progress.samples - self._epoch_start.samples
             set_batches_done(checkpoint, len(sampler) if self._epoch_ended else sampler.batches_in(done))
+            warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")  # ours goes on exactly
+        else:
+            self._set_foreign(trainer, pl_module)
+        states = checkpoint["callbacks"][self.state_key]["rng"]
+        self._restored_rng = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clock."""
@@ -177,23 +232,40 @@ class BatchLRScheduler(Callback):
         if self._epoch_ended and self._progress.samples > self._epoch_start.samples:
             self._epoch_start = self._progress = self._progress.next_epoch()
         self._loader_start = self._epoch_start
+        if self._ceiling is not None:
+            self._ceiling.size = state_dict["micro_batch_size"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock: plain integers."""
+        """The clock, and the largest micro-batch where one was found: plain integers."""
         clocks = {"epoch_start": self._epoch_start, "progress": self._progress}
         state: dict[str, Any] = {name: {unit: getattr(clock, unit) for unit in UNITS} for name, clock in clocks.items()}
-        return state | {"horizon": asdict(self._progress.horizon)}
+        found = self._ceiling.size if self._ceiling is not None else None
+        return state | {"horizon": asdict(self._progress.horizon), "micro_batch_size": found}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random generators of every process, so that a resumed run draws the same dropout masks."""
+        state = rng_state(trainer.strategy.root_device)
+        if self._step_rng is not None:  # the step under way is taken again from its beginning
+            state |= self._step_rng
+        states: list[Any] = [state]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, state)
+        checkpoint["callbacks"][self.state_key]["rng"] = states
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers and note the ratios of their param groups."""
-        if self.schedule.lr is not None:
-            if trainer.lr_scheduler_configs:
-                names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
-                raise MisconfigurationException(
-                    f"`configure_optimizers` returns a learning-rate scheduler ({names}) and BatchLRScheduler has "
-                    f"`lr={self.schedule.lr}`: both would set the learning rate. Return the optimizer alone, or write "
-                    "`lr=None` to leave the learning rate to the module"
-                )
+        if self._ceiling is not None:
+            check_ceiling(trainer, pl_module)
+        check_beside_scheduler(trainer, self.schedule)
+        self._scales = bool(trainer.lr_scheduler_configs) and self.schedule.lr is not None
+        if self._scales:
+            for optimizer in trainer.optimizers:
+                self._hooks += [
+                    optimizer.register_step_pre_hook(self._scale),
+                    optimizer.register_step_post_hook(self._unscale),
+                ]
+        elif self.schedule.lr is not None:
             rates = [float(group["lr"]) for group in _groups(trainer)]
             if not rates[0] > 0:
                 raise MisconfigurationException(
@@ -201,8 +273,8 @@ class BatchLRScheduler(Callback):
                     "a learning rate above 0"
                 )
             self._ratios = [rate / rates[0] for rate in rates]
-        if self._own is None:  # the clock may have been restored since `setup`
-            self._set_foreign(trainer, pl_module)
+        if self._restored_rng is not None:
+            set_rng_state(self._restored_rng, trainer.strategy.root_device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what can be checked only now, and set the first learning rate."""
@@ -210,7 +282,11 @@ class BatchLRScheduler(Callback):
             self._check_foreign(trainer)
             self._plan_foreign(trainer)
             self._probe_foreign(trainer, pl_module)
-        self._check_val_interval(trainer)
+        check_val_interval(trainer, self.plan)
+        check_same_on_all_processes(trainer, self.plan)
+        if self._ceiling is not None:
+            ceiling = self._ceiling
+            walk_steps(trainer, lambda batch, train: ceiling.step(trainer, batch, self._step_examples(), train))
         self._apply(trainer)
 
     # --- training
@@ -224,10 +300,18 @@ class BatchLRScheduler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open a step, or its next micro-batch."""
         self._restore_reload(trainer)  # the loader of this epoch is made
-        if self._own is not None and self._part == 0:
-            self._parts = micro_batches(
-                self._step_examples(), trainer.global_rank, trainer.world_size, self.max_device_batch_size
-            )
+        if self._restored_rng is not None:
+            if self._progress.samples > self._epoch_start.samples:  # whatever was drawn since, this step is to see the same
+                set_rng_state(self._restored_rng, trainer.strategy.root_device)
+            self._restored_rng = None
+        if self._part == 0:
+            self._step_rng = torch_rng_state(trainer.strategy.root_device)
+        if self._own is not None:
+            examples = self._step_examples()
+            if self._part == 0:
+                self._parts = micro_batches(examples, trainer.global_rank, trainer.world_size, self._cap)
+            part = self._parts[self._part]
+            self._weight = (part.stop - part.start) * trainer.world_size / examples
         if len(self._parts) > 1:
             # Lightning steps when (i + 1) % accumulate == 0 and clears the gradients when i % accumulate == 0: this has it do
             # the first on the last micro-batch alone, and the second never
@@ -237,17 +321,15 @@ class BatchLRScheduler(Callback):
                 trainer.optimizers[0].zero_grad()
         elif self._own is not None:
             trainer.accumulate_grad_batches = 1
-        if self.schedule.lr is None and (groups := _groups(trainer)):
-            self._lr = groups[0]["lr"]  # a scheduler of the module changes it before the step is logged
+        if (self.schedule.lr is None or self._scales) and (groups := _groups(trainer)):
+            self._lr = groups[0]["lr"] * self._factor  # a scheduler of the module changes it before the step is logged
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
-        if self._own is None or len(self._parts) == trainer.world_size == 1:
+        if self._own is None:
             return
-        part = self._parts[self._part]
         # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
-        scale = trainer.world_size * trainer.accumulate_grad_batches
-        weight = (part.stop - part.start) * scale / self._step_examples()
+        weight = (self._ceiling.weight if self._ceiling else self._weight) * trainer.accumulate_grad_batches
         if weight != 1:
             loss.register_hook(lambda gradient: gradient * weight)
 
@@ -265,6 +347,7 @@ class BatchLRScheduler(Callback):
         self._progress = self._progress.advance(examples, int(steps))
         if not steps:
             return
+        self._step_rng = None
         first = self._progress.step == self._epoch_start.step + 1 and self._setting != self._logged  # for the progress bar
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if first or trainer.should_stop or (every and self._progress.step % every == 0):
@@ -296,6 +379,8 @@ class BatchLRScheduler(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the Trainer and the DataModule as they were: Lightning does not call ``teardown`` then."""
+        for optimizer in trainer.optimizers:
+            self._unscale(optimizer)  # an exception inside its step: a checkpoint may yet be written
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -304,86 +389,15 @@ class BatchLRScheduler(Callback):
         if stage == "fit" and self._own is not None:
             self._own.unfollow()
             trainer.accumulate_grad_batches = 1
+            walk_steps_no_more(trainer)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         if stage == "fit" and self._first_size is not None:
             lightning_setattr(pl_module, "batch_size", self._first_size)
             self._first_size = None
 
     # --- parts
-
-    def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ``MisconfigurationException`` for what cannot work."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, BatchLRScheduler) for callback in callbacks) > 1:
-            raise MisconfigurationException("there are two BatchLRScheduler among the callbacks; keep one")
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-            raise MisconfigurationException(
-                "GradientAccumulationScheduler changes the batch of an optimizer step behind BatchLRScheduler's back; remove "
-                "it and write the growth as `BatchLRScheduler(batch_size=...)`"
-            )
-        if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
-            raise MisconfigurationException(
-                "BatchSizeFinder sets the batch size that BatchLRScheduler schedules; remove it and bound the schedule with "
-                "`maximum=...`"
-            )
-        if self.schedule.lr is not None and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-            raise MisconfigurationException(
-                f"StochasticWeightAveraging and BatchLRScheduler(lr={self.schedule.lr}) would both set the rate; write "
-                "`lr=None`, or leave one of the two out"
-            )
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise MisconfigurationException(
-                "DeepSpeed fixes the batch size in its own configuration, so it cannot grow; use `strategy='ddp'`"
-            )
-        if self._own is None and self.max_device_batch_size is not None:
-            raise MisconfigurationException(
-                "`max_device_batch_size` needs a `lightning_bsl.BatchSizeDataModule(train=...)`, which knows how to cut a step"
-            )
-        if self._own is not None:
-            if trainer.accumulate_grad_batches != 1:
-                raise MisconfigurationException(
-                    f"`accumulate_grad_batches={trainer.accumulate_grad_batches}` with a BatchSizeDataModule: its batch size "
-                    "is already that of a whole optimizer step. Write `accumulate_grad_batches=1` and the batch size you want"
-                )
-            if injects_sampler(trainer):
-                raise MisconfigurationException(
-                    "a BatchSizeDataModule gives every process its share itself: write `Trainer(use_distributed_sampler=False)`"
-                )
-            return
-        if not loads_own_data(trainer):
-            raise MisconfigurationException(
-                "a DataLoader given to `fit` has a fixed batch size. Put your data set in a "
-                "`lightning_bsl.BatchSizeDataModule(train=...)`, or write a LightningDataModule with a `batch_size`, and call "
-                "`fit(model, datamodule=...)`"
-            )
-        if not lightning_hasattr(pl_module, "batch_size"):
-            owner = trainer.datamodule or pl_module  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"{type(owner).__name__} has no `batch_size`, so BatchLRScheduler cannot change it: keep `self.batch_size` (or "
-                "`save_hyperparameters()` with a `batch_size` argument) and read it in `train_dataloader`"
-            )
-
-    def _check_split(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what splitting steps into micro-batches does to the rest of the fit."""
-        sizes = [stage.batch_size for stage in self.plan.stages] if self.plan else [self._num_examples]
-        cap = self.max_device_batch_size
-        if cap is None or -(-max(sizes) // trainer.world_size) <= cap:
-            return
-        if trainer.limit_train_batches not in (None, 1.0) or isinstance(trainer.limit_train_batches, int):
-            raise MisconfigurationException(
-                f"`limit_train_batches={trainer.limit_train_batches}` counts micro-batches where `max_device_batch_size={cap}` "
-                "splits the steps, and would end inside one; write `BatchSizeDataModule(samples_per_epoch=...)` or "
-                "`Trainer(max_steps=...)`"
-            )
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"with manual optimization nobody can split a step of {max(sizes)} examples into micro-batches of {cap}; leave "
-                "out `max_device_batch_size`"
-            )
-        if any(isinstance(module, _BatchNorm) for module in pl_module.modules()):
-            rank_zero_warn(
-                f"the model has BatchNorm, whose statistics are those of a micro-batch: steps of more than {cap} examples a "
-                "process will not train exactly as in one piece"
-            )
 
     def _set_horizon(self, horizon: Horizon) -> None:
         self._epoch_start = self._loader_start = self._epoch_start._replace(horizon=horizon)
@@ -419,7 +433,9 @@ class BatchLRScheduler(Callback):
         clock = self._progress if self._own is not None else self._epoch_start
         batch_size = self.schedule.batch_size_at(clock)
         setting = BatchLR(batch_size, self.schedule.lr_at(self._progress, batch_size))
-        if setting.lr is not None:
+        if isinstance(self.schedule.lr, ScalingRule):
+            self._factor = self.schedule.lr.factor(batch_size) if self._scales else 1.0
+        if setting.lr is not None and not self._scales:
             for group, ratio in zip(_groups(trainer), self._ratios):
                 group["lr"] = setting.lr * ratio
         self._setting = setting
@@ -495,20 +511,6 @@ class BatchLRScheduler(Callback):
         except MisconfigurationException:  # a batch of a type that Lightning cannot look into
             return self._setting.batch_size
 
-    def _check_val_interval(self, trainer: Trainer) -> None:
-        """Refuse an interval between validations that a later, larger batch would leave no room for."""
-        interval = trainer.val_check_interval
-        if self.plan is None or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
-            return
-        whole = [math.ceil(stage.steps / stage.epochs) for stage in self.plan.stages if stage.epochs >= 1]
-        batches = min(whole, default=interval) * trainer.accumulate_grad_batches
-        if interval > batches:
-            raise MisconfigurationException(
-                f"`val_check_interval={interval}` counts batches, but as the batch size grows an epoch will have only "
-                f"{batches} of them; write a fraction (1.0 for the end of the epoch), or `check_val_every_n_epoch=None` to "
-                "count over all epochs"
-            )
-
     def _warn_of_jump(self, horizon: Horizon) -> None:
         """Warn if the schedules jump where a run goes on for another length than it was begun with."""
         if horizon == self._progress.horizon or self._finished():
@@ -525,6 +527,16 @@ class BatchLRScheduler(Callback):
                 "without a jump"
             )
 
+    def _scale(self, optimizer: Optimizer, *_: Any) -> None:
+        """Multiply the module's learning rates for the length of an optimizer step: schedulers chain them from step to step."""
+        self._unscaled[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self._factor
+
+    def _unscale(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, lr in zip(optimizer.param_groups, self._unscaled.pop(id(optimizer), ())):
+            group["lr"] = lr
+
     def _reload(self, trainer: Trainer) -> None:
         """Have Lightning ask for the training loader again, so that all its counts follow the new length."""
         if self._reload_every is None:
@@ -538,7 +550,7 @@ class BatchLRScheduler(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, on_step: bool, on_epoch: bool) -> None:
         self._logged = self._setting
-        lr = self._lr if self._setting.lr is None else self._setting.lr
+        lr = self._lr if self._setting.lr is None or self._scales else self._setting.lr
         values = {"batch_size": self._setting.batch_size, "lr": lr, "samples": self._progress.samples}
         for name, value in values.items():
             pl_module.log(

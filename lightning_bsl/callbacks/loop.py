@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
 
 
 def loads_own_data(trainer: Trainer) -> bool:
@@ -38,3 +44,57 @@ def set_batches_done(checkpoint: dict[str, Any], batches: int) -> None:
     shift = batches - in_batch_end - current["completed"]
     for name in current:
         current[name] += shift
+
+
+Train = Callable[[Any, bool, bool], "Tensor | None"]
+
+
+def logged_metrics(trainer: Trainer) -> dict[str, Metric]:
+    """What ``self.log`` has collected in this epoch, by name."""
+    return cast("dict[str, Metric]", trainer._results)
+
+
+def walk_steps(trainer: Trainer, walk: Callable[[Any, Train], Tensor | None]) -> None:
+    """Have every optimizer step take its batch through ``walk(batch, train)`` instead of one ``training_step``.
+
+    ``train(part, first, last)`` runs ``training_step`` and the backward pass on a part of the batch and returns its loss. The
+    ``first`` part clears the gradients, the ``last`` one reduces them over the processes. ``walk`` returns the step's loss.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+
+    def run(optimizer: Optimizer, batch_idx: int, arguments: OrderedDict[str, Any]) -> dict[str, Any]:
+        name, batch = next(iter(arguments.items()))
+        outputs: dict[str, Any] = {}
+
+        def train(part: Any, first: bool, last: bool) -> Tensor | None:
+            _set_batch(trainer, part)
+            closure = loop._make_closure(OrderedDict(arguments, **{name: part}), optimizer, batch_idx)
+            if not first:
+                closure._zero_grad_fn = None
+            with _block_parallel_sync_behavior(trainer.strategy, block=not last):
+                loss = closure()
+            outputs.update(closure.consume_result().extra)
+            return loss
+
+        def step() -> Tensor | None:
+            loss = walk(batch, train)
+            if loss is not None:
+                outputs["loss"] = loss
+            return loss
+
+        loop._optimizer_step(batch_idx, step)
+        _set_batch(trainer, batch)
+        return outputs
+
+    vars(loop)["run"] = run
+
+
+def walk_steps_no_more(trainer: Trainer) -> None:
+    """Undo ``walk_steps``."""
+    vars(trainer.fit_loop.epoch_loop.automatic_optimization).pop("run", None)
+
+
+def _set_batch(trainer: Trainer, batch: Any) -> None:
+    """Tell Lightning's log what is being trained: the batch's size is the weight of a value."""
+    results = cast(Any, trainer._results)
+    results.batch, results.batch_size = batch, None

@@ -142,8 +142,6 @@ class BatchSizeDataModule(LightningDataModule):
             self._train_loader = DataLoader(
                 cast("Dataset[Any]", self.train_set),
                 batch_sampler=sampler,
-                # a generator of its own: making a loader's iterator must not draw from the global one
-                generator=torch.Generator().manual_seed(self.seed),
                 **self._loader_arguments(),
             )
         return self._train_loader
@@ -175,6 +173,8 @@ class BatchSizeDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.pin_memory,
             "collate_fn": self.collate_fn,
+            # of its own: making a loader's iterator must not draw from the global one
+            "generator": torch.Generator().manual_seed(self.seed),
         }
 
     def _process(self) -> tuple[int, int]:

@@ -25,6 +25,13 @@ class ScalingRule(ABC):
     def __call__(self, batch_size: int) -> float:
         """The learning rate for ``batch_size`` examples a step."""
 
+    def factor(self, batch_size: int) -> float:
+        """The learning rate for ``batch_size`` over the rule's own, its first argument: what multiplies a module's rates."""
+        first, *_ = fields(self) or [None]
+        if first is None:
+            raise TypeError(f"{type(self).__name__} needs its learning rate as first field, to multiply a module's own rates")
+        return self(batch_size) / float(getattr(self, first.name))
+
 
 @dataclass(frozen=True)
 class LinearScaling(ScalingRule):
