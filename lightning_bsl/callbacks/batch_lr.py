@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bsl.callbacks.ceiling import MemoryCeiling
 from lightning_bsl.callbacks.loaders import Loader, epoch_length, limit_of, loaders_of, local_size
-from lightning_bsl.callbacks.loop import ended_epoch, set_batches_done, walk_steps, walk_steps_no_more
+from lightning_bsl.callbacks.loop import ended_epoch, load_training_data, set_batches_done, walk_steps, walk_steps_no_more
 from lightning_bsl.callbacks.refusals import (
     check_beside_scheduler,
     check_ceiling,
@@ -161,7 +161,7 @@ class BatchLRScheduler(Callback):
         if not any(callback is self for callback in trainer.callbacks) or trainer.state.fn != TrainerFn.FITTING:  # type: ignore[attr-defined]
             raise RuntimeError("`estimated_steps` is known from `configure_optimizers` on, in a fit of this Trainer")
         if self._own is None and self.plan is None:
-            _ = trainer.estimated_stepping_batches  # has Lightning make the training loader
+            load_training_data(trainer)
             self._check_foreign(trainer)
             self._plan_foreign(trainer)
         if self.plan is None:
@@ -214,12 +214,12 @@ class BatchLRScheduler(Callback):
         self._epoch_ended = ended_epoch(checkpoint)
         self.load_state_dict(checkpoint["callbacks"][self.state_key])
         self._warn_of_jump(Horizon(**checkpoint["callbacks"][self.state_key]["horizon"]))
-        if self._own is not None:
+        if self._own is not None and not self._finished():
             sampler = cast(GlobalBatchSampler, self._own.train_dataloader().batch_sampler)
             done = self._progress.samples - self._epoch_start.samples
             set_batches_done(checkpoint, len(sampler) if self._epoch_ended else sampler.batches_in(done))
             warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")  # ours goes on exactly
-        else:
+        elif self._own is None:
             self._set_foreign(trainer, pl_module)
         states = checkpoint["callbacks"][self.state_key]["rng"]
         self._restored_rng = states[trainer.global_rank] if trainer.global_rank < len(states) else None
@@ -231,7 +231,8 @@ class BatchLRScheduler(Callback):
         self._progress = Progress(**state_dict["progress"], horizon=horizon)
         if self._epoch_ended and self._progress.samples > self._epoch_start.samples:
             self._epoch_start = self._progress = self._progress.next_epoch()
-        self._loader_start = self._epoch_start
+        if not self._finished():  # else there is no next epoch to measure
+            self._loader_start = self._epoch_start
         if self._ceiling is not None:
             self._ceiling.size = state_dict["micro_batch_size"]
 
@@ -304,14 +305,15 @@ class BatchLRScheduler(Callback):
             if self._progress.samples > self._epoch_start.samples:  # whatever was drawn since, this step is to see the same
                 set_rng_state(self._restored_rng, trainer.strategy.root_device)
             self._restored_rng = None
-        if self._part == 0:
-            self._step_rng = torch_rng_state(trainer.strategy.root_device)
         if self._own is not None:
             examples = self._step_examples()
             if self._part == 0:
                 self._parts = micro_batches(examples, trainer.global_rank, trainer.world_size, self._cap)
             part = self._parts[self._part]
             self._weight = (part.stop - part.start) * trainer.world_size / examples
+        if self._part == 0:  # all of it where Lightning may validate, and save, inside the step
+            state = rng_state if len(self._parts) > 1 else torch_rng_state
+            self._step_rng = state(trainer.strategy.root_device)
         if len(self._parts) > 1:
             # Lightning steps when (i + 1) % accumulate == 0 and clears the gradients when i % accumulate == 0: this has it do
             # the first on the last micro-batch alone, and the second never

@@ -18,6 +18,11 @@ def loads_own_data(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop._data_source.is_module())
 
 
+def load_training_data(trainer: Trainer) -> None:
+    """Have Lightning make the training loader now, if there is none yet."""
+    trainer.fit_loop.setup_data()
+
+
 def injects_sampler(trainer: Trainer) -> bool:
     """Whether Lightning puts a sampler of its own into the loaders of a run of several processes."""
     return trainer.world_size > 1 and bool(trainer._accelerator_connector.use_distributed_sampler)

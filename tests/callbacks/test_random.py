@@ -1,0 +1,114 @@
+"""A resumed run draws the random numbers that the uninterrupted one drew."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl.schedules import Exponential
+from tests.callbacks.test_micro_batches import GROWING, Regression, examples
+from tests.helpers import quiet
+
+
+class Noisy(Regression):
+    """Draws from every generator there is; validates with a loader that would draw, too."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        super().__init__(nn.Dropout(0.4))
+        self.fails_at = fails_at
+        self.batch_size = 8
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        loss = super().training_step(batch) * random.uniform(0.5, 1.5) * np.random.uniform(0.5, 1.5)
+        if self.trainer.global_step == self.fails_at:
+            raise KeyError("data")
+        return loss
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(examples(), batch_size=self.batch_size, shuffle=True)
+
+
+class Kept(OnExceptionCheckpoint):
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Would remove the checkpoint."""
+
+
+def go(model: Noisy, cap: Any, *callbacks: Any, exact: bool = True, path: Path | None = None, seed: int = 0) -> Noisy:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    schedule = GROWING if exact else Exponential(8, 2, every=2)
+    scheduler = BatchLRScheduler(schedule, Exponential(0.05, 0.9, every=3, unit="step"), max_device_batch_size=cap)
+    datamodule = BatchSizeDataModule(examples(), examples(), eval_batch_size=20, seed=1) if exact else None
+    trainer = Trainer(
+        **quiet(max_epochs=4, callbacks=[scheduler, *callbacks], enable_checkpointing=bool(callbacks), val_check_interval=0.5)
+    )
+    trainer.fit(model, datamodule=datamodule, ckpt_path=path)
+    return model
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("cap", [None, 4, "auto"])
+def test_from_every_checkpoint(cap: Any, tmp_path: Path) -> None:
+    steps = ModelCheckpoint(tmp_path, filename="step-{step}", every_n_train_steps=1, save_top_k=-1)
+    validations = ModelCheckpoint(tmp_path, filename="validation-{step}", monitor="val/loss", save_top_k=-1)
+    epochs = ModelCheckpoint(tmp_path, filename="epoch-{step}", save_on_train_epoch_end=True, save_top_k=-1)
+    whole = go(Noisy(), cap, steps, validations, epochs)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    last = max(torch.load(path)["global_step"] for path in paths)
+    assert len(paths) > last + 8  # every step, two validations and the end of each epoch
+    for path in paths:
+        resumed = go(Noisy(), cap, path=path, seed=99)
+        if f"={last}." not in path.name:
+            assert resumed.seen
+        assert_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 5, 11])
+def test_from_an_exception_inside_a_step(fails_at: int, tmp_path: Path) -> None:
+    whole = go(Noisy(), 4)
+    with pytest.raises(KeyError):
+        go(Noisy(fails_at=fails_at), 4, Kept(tmp_path, "failed"))
+    assert_equal(go(Noisy(), 4, path=tmp_path / "failed.ckpt", seed=99), whole)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 5, 11])
+def test_from_an_exception_inside_a_step_of_one_piece(fails_at: int, tmp_path: Path) -> None:
+    """Where torch's generators alone go back to the step's start: to look at NumPy's at every step takes too long."""
+
+    class Dropout(Noisy):
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            loss = Regression.training_step(self, batch)
+            if self.trainer.global_step == self.fails_at:
+                raise KeyError("data")
+            return loss
+
+    whole = go(Dropout(), None)
+    with pytest.raises(KeyError):
+        go(Dropout(fails_at=fails_at), None, Kept(tmp_path, "failed"))
+    assert_equal(go(Dropout(), None, path=tmp_path / "failed.ckpt", seed=99), whole)
+
+
+def test_a_strangers_epoch_goes_on_with_the_same_order(tmp_path: Path) -> None:
+    """Where the batch does not grow at that boundary: else Lightning shuffles once more in the uninterrupted run."""
+    epochs = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    whole = go(Noisy(), None, epochs, exact=False)
+    resumed = go(Noisy(), None, exact=False, path=tmp_path / "epoch=2.ckpt", seed=99)
+    assert resumed.seen == whole.seen[-len(resumed.seen) :]
+    assert_equal(resumed, whole)
