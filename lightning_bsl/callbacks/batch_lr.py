@@ -32,7 +32,7 @@ from lightning_bsl.callbacks.refusals import (
     refuse,
 )
 from lightning_bsl.callbacks.state import rng_state, set_rng_state, torch_rng_state
-from lightning_bsl.data.datamodule import BatchSizeDataModule
+from lightning_bsl.data.datamodule import BatchSizeDataModule, data_parallel
 from lightning_bsl.data.sampler import GlobalBatchSampler, micro_batches
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
 from lightning_bsl.schedules.functions import Function
@@ -127,6 +127,7 @@ class BatchLRScheduler(Callback):
         self._foreign: Loader | None = None  # else its training loader, once it is known
         self._first_size: int | None = None  # what somebody's DataModule had for a batch size
         self._num_examples = 0  # of one of its epochs
+        self._rank, self._replicas = 0, 1  # this process among those that share a batch
         self._lr = 0.0
         self._parts: tuple[slice, ...] = ()  # the micro-batches of the current step
         self._part = 0  # the index of the current one
@@ -181,6 +182,7 @@ class BatchLRScheduler(Callback):
         self._own = datamodule if isinstance(datamodule, BatchSizeDataModule) else None
         if sum(isinstance(callback, BatchLRScheduler) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise MisconfigurationException("there are two BatchLRScheduler among the callbacks; keep one")
+        self._rank, self._replicas = data_parallel(trainer)
         refuse(trainer, pl_module, self.schedule, self.max_device_batch_size)
         self._epoch_ended, self._part, self._step_rng, self._restored_rng = False, 0, None, None
         if trainer.global_step == 0:
@@ -223,6 +225,7 @@ class BatchLRScheduler(Callback):
             self._set_foreign(trainer, pl_module)
         states = checkpoint["callbacks"][self.state_key]["rng"]
         self._restored_rng = states[trainer.global_rank] if trainer.global_rank < len(states) else None
+        self._restore_rng(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clock."""
@@ -274,8 +277,9 @@ class BatchLRScheduler(Callback):
                     "a learning rate above 0"
                 )
             self._ratios = [rate / rates[0] for rate in rates]
-        if self._restored_rng is not None:
-            set_rng_state(self._restored_rng, trainer.strategy.root_device)
+        self._restore_rng(
+            trainer
+        )  # once more: the model may have drawn since, and with FSDP the checkpoint is only read after this
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what can be checked only now, and set the first learning rate."""
@@ -303,14 +307,14 @@ class BatchLRScheduler(Callback):
         self._restore_reload(trainer)  # the loader of this epoch is made
         if self._restored_rng is not None:
             if self._progress.samples > self._epoch_start.samples:  # whatever was drawn since, this step is to see the same
-                set_rng_state(self._restored_rng, trainer.strategy.root_device)
+                self._restore_rng(trainer)
             self._restored_rng = None
         if self._own is not None:
             examples = self._step_examples()
             if self._part == 0:
-                self._parts = micro_batches(examples, trainer.global_rank, trainer.world_size, self._cap)
+                self._parts = micro_batches(examples, self._rank, self._replicas, self._cap)
             part = self._parts[self._part]
-            self._weight = (part.stop - part.start) * trainer.world_size / examples
+            self._weight = (part.stop - part.start) * self._replicas / examples
         if self._part == 0:  # all of it where Lightning may validate, and save, inside the step
             state = rng_state if len(self._parts) > 1 else torch_rng_state
             self._step_rng = state(trainer.strategy.root_device)
@@ -345,7 +349,7 @@ class BatchLRScheduler(Callback):
             examples = self._step_examples() if steps else 0
         else:
             steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-            examples = self._foreign_examples(batch, batch_idx) * trainer.world_size
+            examples = self._foreign_examples(batch, batch_idx) * self._replicas
         self._progress = self._progress.advance(examples, int(steps))
         if not steps:
             return
@@ -478,7 +482,7 @@ class BatchLRScheduler(Callback):
             length = partial(epoch_length, trainer, loader, others)
             steps, _ = length(self.schedule.batch_size_at(self._epoch_start))
             if steps == math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches):
-                self._make_plan(trainer, loader.examples * trainer.world_size, length)
+                self._make_plan(trainer, loader.examples * self._replicas, length)
                 return
         clock = self._progress  # no plan, but what depends on the epoch alone can be tried
         for epoch in range(clock.epoch, min(trainer.max_epochs or 0, 10_000)):
@@ -538,6 +542,10 @@ class BatchLRScheduler(Callback):
     def _unscale(self, optimizer: Optimizer, *_: Any) -> None:
         for group, lr in zip(optimizer.param_groups, self._unscaled.pop(id(optimizer), ())):
             group["lr"] = lr
+
+    def _restore_rng(self, trainer: Trainer) -> None:
+        if self._restored_rng is not None:
+            set_rng_state(self._restored_rng, trainer.strategy.root_device)
 
     def _reload(self, trainer: Trainer) -> None:
         """Have Lightning ask for the training loader again, so that all its counts follow the new length."""

@@ -10,6 +10,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import IterableDataset
 
+from lightning_bsl.data.datamodule import data_parallel
+
 
 class Loader(NamedTuple):
     """What can be seen of somebody's training loader: sizes of one process, ``None`` where they cannot."""
@@ -50,10 +52,11 @@ def loaders_of(iterables: Any) -> list[Loader]:
 
 def local_size(trainer: Trainer, batch_size: int) -> int:
     """``batch_size`` for one process and one accumulated batch."""
-    parts = trainer.world_size * trainer.accumulate_grad_batches
+    _, processes = data_parallel(trainer)
+    parts = processes * trainer.accumulate_grad_batches
     if batch_size % parts:
         raise MisconfigurationException(
-            f"the batch size {batch_size} cannot be split evenly over {trainer.world_size} processes x "
+            f"the batch size {batch_size} cannot be split evenly over {processes} processes x "
             f"{trainer.accumulate_grad_batches} accumulated batches: write batch sizes that are multiples of {parts}, or use a "
             "`BatchSizeDataModule`"
         )
@@ -77,4 +80,4 @@ def epoch_length(trainer: Trainer, scheduled: Loader, others: list[Loader], batc
     loader, limit = scheduled._replace(batch_size=local_size(trainer, batch_size)), limit_of(trainer)
     batches = max(each.batches() for each in (loader, *others))
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    return -(-batches // trainer.accumulate_grad_batches), (loader.taken(batches) or 0) * trainer.world_size
+    return -(-batches // trainer.accumulate_grad_batches), (loader.taken(batches) or 0) * data_parallel(trainer)[1]

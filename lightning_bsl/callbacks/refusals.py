@@ -15,7 +15,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bsl.callbacks.loop import injects_sampler, loads_own_data
-from lightning_bsl.data.datamodule import BatchSizeDataModule
+from lightning_bsl.data.datamodule import BatchSizeDataModule, data_parallel
 from lightning_bsl.schedules import JointSchedule, Plan, ScalingRule
 
 
@@ -110,7 +110,7 @@ def check_split(trainer: Trainer, pl_module: LightningModule, max_device_batch_s
         MisconfigurationException: Steps will be split and something in the fit cannot bear it.
     """
     cap = max_device_batch_size
-    if cap is None or -(-largest // trainer.world_size) <= cap:
+    if cap is None or -(-largest // data_parallel(trainer)[1]) <= cap:
         return
     if trainer.limit_train_batches not in (None, 1.0) or isinstance(trainer.limit_train_batches, int):
         raise MisconfigurationException(

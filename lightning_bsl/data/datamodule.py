@@ -6,12 +6,21 @@ from collections.abc import Callable, Sized
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_bsl.data.sampler import GlobalBatchSampler
 from lightning_bsl.schedules import Progress
 from lightning_bsl.schedules.functions import Function
+
+
+def data_parallel(trainer: Trainer) -> tuple[int, int]:
+    """This process's index among those that share a batch, and their number.
+
+    These are all processes, unless some hold parts of one model and train on the same examples (tensor parallelism).
+    """
+    arguments = trainer.distributed_sampler_kwargs
+    return (arguments["rank"], arguments["num_replicas"]) if arguments else (0, 1)
 
 
 class BatchSizeDataModule(LightningDataModule):
@@ -178,7 +187,7 @@ class BatchSizeDataModule(LightningDataModule):
         }
 
     def _process(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return data_parallel(self.trainer) if self.trainer else (0, 1)
 
     def _epoch_clock(self) -> Progress:
         return Progress(epoch=self.trainer.current_epoch if self.trainer else 0)

@@ -15,12 +15,14 @@ import torch
 from tests.helpers import flat
 
 ROOT = Path(__file__).parents[2]
+FULLY_SHARD_ON_CPU = pytest.mark.skipif(torch.__version__ < "2.6", reason="gloo cannot scatter gradients before torch 2.6")
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.schedules import Exponential, Milestones
@@ -38,15 +40,25 @@ class Regression(LightningModule):
         self.net = torch.nn.Linear(3, 1, dtype=torch.float64)
         torch.nn.init.constant_(self.net.weight, 0.5)
         torch.nn.init.constant_(self.net.bias, 0.5)
-        self.seen = []
+        self.register_buffer("passes", torch.zeros(1))  # DDP broadcasts buffers, in the forward passes that it chooses
+        self.seen, self.failed = [], []
 
     def training_step(self, batch):
         x, y, index = batch
+        self.passes += 1
+        if name == "ownauto" and devices > 1 and len(x) > (8, 4)[self.trainer.global_rank]:
+            self.failed.append(len(x))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         self.seen.append([index.tolist(), self.trainer.optimizers[0].param_groups[0]["lr"]])
         return torch.nn.functional.mse_loss(self.net(x), y)
 
     def validation_step(self, batch):
         self.log("val/loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_model(self):
+        if name == "ownfsdp" and not hasattr(self, "sharded"):
+            from torch.distributed._composable.fsdp import fully_shard
+            self.sharded = fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
@@ -65,26 +77,36 @@ class Stranger(LightningDataModule):
 if name.startswith("own"):
     # 61 examples in steps of 12 leave a step of one, of which a process has no share; 13 and 31 do not divide by 2
     datamodule = BatchSizeDataModule(examples(61), examples(8), eval_batch_size=4)
-    scheduler = BatchLRScheduler(Milestones([12, 13, 31], at=[6, 9], unit="step"), Exponential(0.01, 1.1), int(name[3:] or 99))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    sizes = [12, 13, 31 + rank] if name == "owndivergent" else [12, 13, 31]
+    cap = {"own": 99, "ownauto": "auto", "owndivergent": None}.get(name, 5)
+    scheduler = BatchLRScheduler(Milestones(sizes, at=[6, 9], unit="step"), Exponential(0.01, 1.1), cap)
 else:
     datamodule, scheduler = Stranger(), BatchLRScheduler(Exponential(8, 2), Exponential(0.01, 1.1))
 model = Regression()
+strategy = "ddp" if devices > 1 else "auto"
+if name == "ownfsdp":
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+if name == "owntensor":  # both processes train on every example; here they happen to hold the whole model, too
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
 trainer = Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=3,
+    accelerator="cpu", devices=devices, strategy=strategy, max_epochs=3,
     use_distributed_sampler=not name.startswith("own"), callbacks=[scheduler], logger=CSVLogger(out, name="", version=""),
     log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0,
 )
 trainer.fit(model, datamodule=datamodule)
 result = {
-    "seen": model.seen, "weights": [p.tolist() for p in model.parameters()], "samples": scheduler.progress.samples,
-    "step": scheduler.progress.step, "planned": scheduler.plan.samples,
+    "seen": model.seen, "weights": [(p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for p in model.parameters()],
+     "samples": scheduler.progress.samples,
+    "step": scheduler.progress.step, "planned": scheduler.plan.samples, "failed": model.failed,
+    "passes": model.passes.item(), "found": scheduler.state_dict()["micro_batch_size"],
 }
 (out / f"{trainer.global_rank}.json").write_text(json.dumps(result))
 """
 
 
-def go(name: str, devices: int, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """What each process has seen, and the rows of the log."""
+def launch(name: str, devices: int, out: Path) -> subprocess.CompletedProcess[str]:
+    """Run a fit in as many processes as ``devices``."""
     out.mkdir()
     (out / "script.py").write_text(SCRIPT)
     with socket.socket() as free:
@@ -97,15 +119,38 @@ def go(name: str, devices: int, out: Path) -> tuple[list[dict[str, Any]], list[d
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(out / "script.py"), name, str(devices), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def go(name: str, devices: int, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """What each process has seen, and the rows of the log."""
+    done = launch(name, devices, out)
     assert done.returncode == 0, done.stderr[-3000:]
     with open(out / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(devices)], rows
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    (one,), rows = go("own", 1, tmp_path / "1")
+Alone = tuple[dict[str, Any], list[dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    (one,), rows = go("own", 1, tmp_path_factory.mktemp("alone") / "1")
+    return one, rows
+
+
+def assert_trained_alike(one: dict[str, Any], processes: list[dict[str, Any]]) -> None:
+    """All have the weights of the run in one process, and took its steps."""
+    weights = torch.tensor(flat(one["weights"][0]) + one["weights"][1], dtype=torch.float64)
+    for process in processes:
+        others = torch.tensor(flat(process["weights"][0]) + process["weights"][1], dtype=torch.float64)
+        torch.testing.assert_close(others, weights, rtol=1e-12, atol=1e-13)
+        assert (process["samples"], process["step"]) == (one["samples"], one["step"])
+
+
+def test_two_processes_train_as_one(in_one_process: Alone, tmp_path: Path) -> None:
+    one, rows = in_one_process
     two, rows_of_two = go("own", 2, tmp_path / "2")
     sizes = [12, 12, 12, 12, 12, 1, 13, 13, 13, 22, 31, 30]
     assert [len(indices) for indices, _ in one["seen"]] == sizes
@@ -118,11 +163,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             assert abs(len(first) - len(second)) <= 1
         else:
             assert first == second == batch  # one of them only keeps the other company, at weight 0
-    weights = torch.tensor(flat(one["weights"][0]) + one["weights"][1], dtype=torch.float64)
-    for process in two:
-        of_two = torch.tensor(flat(process["weights"][0]) + process["weights"][1], dtype=torch.float64)
-        torch.testing.assert_close(of_two, weights, rtol=1e-12, atol=1e-13)
-        assert (process["samples"], process["step"], process["planned"]) == (3 * 61, len(sizes), 3 * 61)
+    assert_trained_alike(one, two)
+    assert {(process["step"], process["planned"]) for process in two} == {(len(sizes), 3 * 61)}
     # the log is written once, and says the same
     for column in ("batch_size", "lr", "samples"):
         assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
@@ -131,18 +173,37 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert losses_of_two == pytest.approx(losses, rel=1e-9)
 
 
-def test_two_processes_split_their_shares_into_micro_batches(tmp_path: Path) -> None:
-    (one,), rows = go("own", 1, tmp_path / "1")
-    two, rows_of_two = go("own5", 2, tmp_path / "2")
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", pytest.param("fsdp", marks=FULLY_SHARD_ON_CPU), pytest.param("tensor", marks=FULLY_SHARD_ON_CPU)],
+)
+def test_two_processes_split_their_shares_into_micro_batches(strategy: str, in_one_process: Alone, tmp_path: Path) -> None:
+    one, rows = in_one_process
+    two, rows_of_two = go(f"own{strategy}", 2, tmp_path / "2")
     assert max(len(indices) for process in two for indices, _ in process["seen"]) == 5
     assert len(two[0]["seen"]) == len(two[1]["seen"]) > len(one["seen"])
-    weights = torch.tensor(flat(one["weights"][0]) + one["weights"][1], dtype=torch.float64)
-    for process in two:
-        of_two = torch.tensor(flat(process["weights"][0]) + process["weights"][1], dtype=torch.float64)
-        torch.testing.assert_close(of_two, weights, rtol=1e-12, atol=1e-13)
-        assert (process["samples"], process["step"]) == (one["samples"], one["step"])
+    assert_trained_alike(one, two)
     for column in ("batch_size", "lr", "samples"):
         assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
+
+
+def test_processes_of_unequal_memory_go_by_the_smallest(in_one_process: Alone, tmp_path: Path) -> None:
+    one, rows = in_one_process
+    two, rows_of_two = go("ownauto", 2, tmp_path / "2")
+    # shares of 6, then 3: only what is new is tried, and a process tries with the others what its own memory would hold
+    assert [process["failed"] for process in two] == [[], [6]]
+    assert {process["found"] for process in two} == {3}
+    assert max(len(indices) for process in two for indices, _ in process["seen"]) == 6
+    assert two[0]["passes"] == two[1]["passes"]
+    assert_trained_alike(one, two)
+    for column in ("batch_size", "lr", "samples"):
+        assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
+
+
+def test_processes_that_plan_differently_are_refused(tmp_path: Path) -> None:
+    done = launch("owndivergent", 2, tmp_path / "2")
+    assert done.returncode != 0
+    assert "the processes do not plan the same batch sizes" in done.stderr
 
 
 def test_a_strangers_batch_is_split_over_two_processes(tmp_path: Path) -> None:
