@@ -53,9 +53,13 @@ class Limited(Regression):
         self.outputs.append(outputs)
 
 
-def go(model: Regression, cap: Any, schedule: Any = STEPS, **arguments: Any) -> tuple[Trainer, BatchLRScheduler]:
+def go(
+    model: Regression, cap: Any, schedule: Any = STEPS, known: int | None = None, **arguments: Any
+) -> tuple[Trainer, BatchLRScheduler]:
     torch.manual_seed(7)
     scheduler = BatchLRScheduler(schedule, 0.05, max_device_batch_size=cap)
+    if scheduler._ceiling is not None:
+        scheduler._ceiling.size = known
     path = arguments.pop("ckpt_path", None)
     callbacks = [scheduler, *arguments.pop("callbacks", [])]
     trainer = Trainer(**quiet(max_epochs=3, **arguments, callbacks=callbacks))
@@ -67,14 +71,16 @@ def go(model: Regression, cap: Any, schedule: Any = STEPS, **arguments: Any) -> 
 @pytest.mark.parametrize("place", ["forward", "backward"])
 @pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
 def test_nothing_of_the_run_changes(place: str, error: type[Exception]) -> None:
-    known, found = Limited(5), Limited(5, place, error)
-    trainer, _ = go(known, 5)
+    fixed, known, found = Limited(5), Limited(5), Limited(5, place, error)
+    go(fixed, 5)
+    trainer, _ = go(known, "auto", known=5)
     draws = torch.rand(3)
     other, scheduler = go(found, "auto")
     assert found.failures == [20, 10]
     assert torch.equal(torch.rand(3), draws)
     for (name, value), (_, expected) in zip(found.state_dict().items(), known.state_dict().items(), strict=True):
         assert torch.equal(value, expected), name  # BatchNorm's statistics too
+        torch.testing.assert_close(value, fixed.state_dict()[name], rtol=1e-12, atol=1e-13)
     assert found.parts == known.parts
     assert torch.equal(found.mean_input.compute(), known.mean_input.compute())
     assert other.callback_metrics.keys() == trainer.callback_metrics.keys()
@@ -126,8 +132,8 @@ def test_outputs_are_of_the_whole_step() -> None:
 @pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
 def test_bfloat16() -> None:
     known, found = Limited(5), Limited(5)
-    for model, cap in ((known, 5), (found, "auto")):
-        go(model, cap, precision="bf16-mixed")
+    go(known, "auto", known=5, precision="bf16-mixed")
+    go(found, "auto", precision="bf16-mixed")
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), known.parameters(), strict=True))
 
 

@@ -12,7 +12,6 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.schedules import Exponential
@@ -26,7 +25,6 @@ class Noisy(Regression):
     def __init__(self, fails_at: int = -1) -> None:
         super().__init__(nn.Dropout(0.4))
         self.fails_at = fails_at
-        self.batch_size = 8
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         loss = super().training_step(batch) * random.uniform(0.5, 1.5) * np.random.uniform(0.5, 1.5)
@@ -37,22 +35,18 @@ class Noisy(Regression):
     def validation_step(self, batch: list[Tensor]) -> None:
         self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
 
-    def train_dataloader(self) -> Any:
-        return DataLoader(examples(), batch_size=self.batch_size, shuffle=True)
-
 
 class Kept(OnExceptionCheckpoint):
     def teardown(self, *_: Any, **__: Any) -> None:
         """Would remove the checkpoint."""
 
 
-def go(model: Noisy, cap: Any, *callbacks: Any, exact: bool = True, path: Path | None = None, seed: int = 0) -> Noisy:
+def go(model: Noisy, cap: Any, *callbacks: Any, path: Path | None = None, seed: int = 0) -> Noisy:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    schedule = GROWING if exact else Exponential(8, 2, every=2)
-    scheduler = BatchLRScheduler(schedule, Exponential(0.05, 0.9, every=3, unit="step"), max_device_batch_size=cap)
-    datamodule = BatchSizeDataModule(examples(), examples(), eval_batch_size=20, seed=1) if exact else None
+    scheduler = BatchLRScheduler(GROWING, Exponential(0.05, 0.9, every=3, unit="step"), max_device_batch_size=cap)
+    datamodule = BatchSizeDataModule(examples(), examples(), eval_batch_size=20, seed=1)
     trainer = Trainer(
         **quiet(max_epochs=4, callbacks=[scheduler, *callbacks], enable_checkpointing=bool(callbacks), val_check_interval=0.5)
     )
@@ -103,12 +97,3 @@ def test_from_an_exception_inside_a_step_of_one_piece(fails_at: int, tmp_path: P
     with pytest.raises(KeyError):
         go(Dropout(fails_at=fails_at), None, Kept(tmp_path, "failed"))
     assert_equal(go(Dropout(), None, path=tmp_path / "failed.ckpt", seed=99), whole)
-
-
-def test_a_strangers_epoch_goes_on_with_the_same_order(tmp_path: Path) -> None:
-    """Where the batch does not grow at that boundary: else Lightning shuffles once more in the uninterrupted run."""
-    epochs = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
-    whole = go(Noisy(), None, epochs, exact=False)
-    resumed = go(Noisy(), None, exact=False, path=tmp_path / "epoch=2.ckpt", seed=99)
-    assert resumed.seen == whole.seen[-len(resumed.seen) :]
-    assert_equal(resumed, whole)
