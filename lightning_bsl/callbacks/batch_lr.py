@@ -184,7 +184,7 @@ class BatchLRScheduler(Callback):
             raise MisconfigurationException("there are two BatchLRScheduler among the callbacks; keep one")
         self._rank, self._replicas = data_parallel(trainer)
         refuse(trainer, pl_module, self.schedule, self.max_device_batch_size)
-        self._epoch_ended, self._part, self._step_rng, self._restored_rng = False, 0, None, None
+        self.plan, self._epoch_ended, self._part, self._step_rng, self._restored_rng = None, False, 0, None, None
         if trainer.global_step == 0:
             self._epoch_start = self._progress = Progress()
         self._end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
@@ -277,9 +277,7 @@ class BatchLRScheduler(Callback):
                     "a learning rate above 0"
                 )
             self._ratios = [rate / rates[0] for rate in rates]
-        self._restore_rng(
-            trainer
-        )  # once more: the model may have drawn since, and with FSDP the checkpoint is only read after this
+        self._restore_rng(trainer)  # once more, as the model may have drawn since; FSDP reads the checkpoint after this
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what can be checked only now, and set the first learning rate."""
