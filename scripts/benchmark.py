@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
@@ -29,7 +30,9 @@ from torchvision import transforms as T
 
 from lightning_bsl import BatchLRScheduler
 from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors
+from lightning_bsl.data.image import identity
 from lightning_bsl.models import Classifier, cnn5
+from lightning_bsl.schedules import Milestones
 
 BATCH_SIZES = (128, 1024, 4096)
 
@@ -256,6 +259,90 @@ def _seconds_per_block(datamodule: ImageDataModule, block: int, blocks: int) -> 
     return switch.seconds()
 
 
+# --- switch: the pause in which one batch size gives way to the next, with worker processes ---
+
+
+class _Gaps(Callback):
+    """Notes the seconds from the end of a batch to the start of the next, where that is of another size."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._size = self._end = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._size not in (0, len(batch[1])):
+            self.seconds.append(time.perf_counter() - self._end)
+        self._size = len(batch[1])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._end = time.perf_counter()
+
+
+class _Reloading(LightningDataModule):
+    """As one writes it by hand: the Trainer asks for the loader of every epoch anew."""
+
+    def __init__(self, images: ImageTensors) -> None:
+        super().__init__()
+        self.images = images
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        size = _SIZES[self.trainer.current_epoch] if self.trainer else _SIZES[0]
+        collate: Any = identity
+        return DataLoader(self.images, size, shuffle=True, num_workers=2, persistent_workers=True, collate_fn=collate)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] / 255, batch[1]
+
+
+_SIZES = (64, 128, 256, 512, 1024, 2048)  # they divide the examples of an epoch, so that there are no short batches
+
+
+def switch(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare the pause with that of a new loader, where the batch grows between epochs and inside of them."""
+    images = ImageTensors(torch.randint(256, (4096, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (4096,)))
+    stages = range(1, len(_SIZES))
+    schedules = {
+        "epoch_end": Milestones(_SIZES, at=list(stages)),
+        "inside_epoch": Milestones(_SIZES, at=[(2 * stage - 1) * len(images) // 2 for stage in stages], unit="samples"),
+    }
+    candidates = {name: partial(_gaps_of_ours, images, schedule) for name, schedule in schedules.items()}
+    candidates["new loader"] = partial(_gaps_of_theirs, images)
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(arguments.rounds):
+        for name, candidate in candidates.items():
+            found[name].append(median(candidate()))
+    print("milliseconds from the last batch of one size to the first of the next, medians")
+    print(table(["", "gap"], [[name, f"{1e3 * median(gaps):.2f}"] for name, gaps in found.items()]))
+    theirs = found.pop("new loader")
+    return [Bound(f"switch/{name}", median(map(truediv, ours, theirs)), 0.25) for name, ours in found.items()]
+
+
+def _gaps_of_ours(images: ImageTensors, schedule: Milestones) -> list[float]:
+    datamodule = _datamodule_of(FashionMNIST, images, _SIZES[0])
+    datamodule.num_workers = 2
+    return _gaps(datamodule, callbacks=[BatchLRScheduler(schedule)])
+
+
+def _gaps_of_theirs(images: ImageTensors) -> list[float]:
+    return _gaps(_Reloading(images), callbacks=[], reload_dataloaders_every_n_epochs=1)
+
+
+def _gaps(datamodule: LightningDataModule, callbacks: list[Callback], **options: Any) -> list[float]:
+    gaps = _Gaps()
+    Trainer(
+        accelerator="cpu",
+        max_epochs=len(_SIZES),
+        limit_val_batches=0,
+        callbacks=[gaps, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    ).fit(Classifier(cnn5(width=4), 10), datamodule)
+    return gaps.seconds
+
+
 def main() -> None:
     """Run the subject named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,6 +356,9 @@ def main() -> None:
 
     subject = subjects.add_parser("callback", help="training steps with BatchLRScheduler and without")
     subject.set_defaults(run=callback)
+
+    subject = subjects.add_parser("switch", help="the pause in which the batch size changes, with two worker processes")
+    subject.set_defaults(run=switch)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

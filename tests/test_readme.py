@@ -27,7 +27,8 @@ COMMANDS = [
 
 
 def test_python_blocks_run_as_one_file(tmp_path: Path) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.S))
+    # `main.py` is another file, which tests/integration/test_cli.py runs
+    code = "\n".join(re.findall(r"```python\n(?!# main\.py)(.*?)```", README, flags=re.S))
     (tmp_path / "readme.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -21,8 +21,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bsl.callbacks.ceiling import MemoryCeiling
+from lightning_bsl.callbacks.compile import expect_other_sizes
 from lightning_bsl.callbacks.loaders import Loader, epoch_length, limit_of, loaders_of, local_size
-from lightning_bsl.callbacks.loop import ended_epoch, load_training_data, set_batches_done, walk_steps, walk_steps_no_more
+from lightning_bsl.callbacks.loop import (
+    begin_epoch,
+    ended_epoch,
+    load_training_data,
+    set_batches_done,
+    start_epoch_after_fit,
+    walk_steps,
+    walk_steps_no_more,
+)
 from lightning_bsl.callbacks.refusals import (
     check_beside_scheduler,
     check_ceiling,
@@ -35,7 +44,7 @@ from lightning_bsl.callbacks.state import rng_state, set_rng_state, torch_rng_st
 from lightning_bsl.data.datamodule import BatchSizeDataModule, data_parallel
 from lightning_bsl.data.sampler import GlobalBatchSampler, micro_batches
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
-from lightning_bsl.schedules.functions import Function
+from lightning_bsl.schedules.functions import Function, Schedule
 from lightning_bsl.schedules.plan import EpochLength, check_fits
 from lightning_bsl.schedules.progress import UNITS
 
@@ -107,8 +116,8 @@ class BatchLRScheduler(Callback):
 
     def __init__(
         self,
-        batch_size: Function | int,
-        lr: Function | ScalingRule | float | None = None,
+        batch_size: int | Schedule | Function,
+        lr: float | Schedule | ScalingRule | Function | None = None,
         max_device_batch_size: int | Literal["auto"] | None = None,
     ) -> None:
         size = max_device_batch_size
@@ -121,6 +130,7 @@ class BatchLRScheduler(Callback):
         self._epoch_start = self._loader_start = self._progress = Progress()
         self._end = Horizon()
         self._epoch_ended = False
+        self._fitting = True  # not validating or testing
         self._setting = self._logged = BatchLR(1, None)
         self._settled_until: float = 0  # the step at which the setting may next change, inside the epoch
         self._own: BatchSizeDataModule | None = None  # the DataModule of the fit, if it is one of ours
@@ -141,6 +151,7 @@ class BatchLRScheduler(Callback):
         self._step_rng: dict[str, Any] | None = None  # at the start of the step that is under way
         self._restored_rng: dict[str, Any] | None = None
         self._reload_every: int | None = None
+        self._first_batch = True  # is still to come
 
     @property
     def progress(self) -> Progress:
@@ -176,7 +187,8 @@ class BatchLRScheduler(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the fit, plan it, and put the first batch size in place."""
-        if stage != "fit":
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         self._own = datamodule if isinstance(datamodule, BatchSizeDataModule) else None
@@ -207,13 +219,16 @@ class BatchLRScheduler(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """See whether Lightning will skip the end of an epoch, and count the batches done as this run cuts them."""
+        if not self._fitting:
+            return  # the checkpoint is validated or tested
         if self.state_key not in checkpoint["callbacks"]:
             raise MisconfigurationException(
                 "the checkpoint was saved by a fit without BatchLRScheduler, so it does not say how many examples that fit had "
                 "consumed. To start growing from its weights, load them (`Model.load_from_checkpoint(...)`) and call `fit` "
                 "without `ckpt_path`; to go on as before, leave BatchLRScheduler out"
             )
-        self._epoch_ended = ended_epoch(checkpoint)
+        start_epoch_after_fit(checkpoint)
+        self._epoch_ended = ended_epoch(checkpoint, trainer.max_steps)
         self.load_state_dict(checkpoint["callbacks"][self.state_key])
         self._warn_of_jump(Horizon(**checkpoint["callbacks"][self.state_key]["horizon"]))
         if self._own is not None and not self._finished():
@@ -229,6 +244,8 @@ class BatchLRScheduler(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clock."""
+        if not self._fitting:
+            return
         horizon = self._progress.horizon
         self._epoch_start = Progress(**state_dict["epoch_start"], horizon=horizon)
         self._progress = Progress(**state_dict["progress"], horizon=horizon)
@@ -291,6 +308,9 @@ class BatchLRScheduler(Callback):
             ceiling = self._ceiling
             walk_steps(trainer, lambda batch, train: ceiling.step(trainer, batch, self._step_examples(), train))
         self._apply(trainer)
+        self._first_batch = True
+        if self._epoch_ended:
+            begin_epoch(trainer)
 
     # --- training
 
@@ -303,6 +323,10 @@ class BatchLRScheduler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open a step, or its next micro-batch."""
         self._restore_reload(trainer)  # the loader of this epoch is made
+        if self._first_batch:
+            self._first_batch = False
+            if self.plan is None or len({stage.batch_size for stage in self.plan.stages}) > 1:
+                expect_other_sizes(batch)
         if self._restored_rng is not None:
             if self._progress.samples > self._epoch_start.samples:  # whatever was drawn since, this step is to see the same
                 self._restore_rng(trainer)
@@ -380,6 +404,7 @@ class BatchLRScheduler(Callback):
         elif self.schedule.batch_size_at(self._epoch_start) != self._setting.batch_size:
             self._set_foreign(trainer, pl_module)
             self._reload(trainer)
+        self._apply(trainer)  # before the others' `on_train_epoch_start`: LearningRateMonitor reads the rate there
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the Trainer and the DataModule as they were: Lightning does not call ``teardown`` then."""
@@ -432,14 +457,15 @@ class BatchLRScheduler(Callback):
         """Look up the next step and set its learning rate."""
         if self._finished():
             return
-        if self._own is None and self.plan is not None and self.plan.horizon.ends_before(self._progress):
+        over = self.plan is not None and self._progress.step >= self.plan.steps
+        if self._own is None and over:
             return  # somebody's loader may go on for longer than could be seen: then the last rate stays
         clock = self._progress if self._own is not None else self._epoch_start
         batch_size = self.schedule.batch_size_at(clock)
         setting = BatchLR(batch_size, self.schedule.lr_at(self._progress, batch_size))
         if isinstance(self.schedule.lr, ScalingRule):
             self._factor = self.schedule.lr.factor(batch_size) if self._scales else 1.0
-        if setting.lr is not None and not self._scales:
+        if setting.lr is not None and not self._scales and not over:  # a run resumed after its last step keeps that one's rate
             for group, ratio in zip(_groups(trainer), self._ratios):
                 group["lr"] = setting.lr * ratio
         self._setting = setting

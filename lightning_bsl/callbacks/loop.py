@@ -28,13 +28,29 @@ def injects_sampler(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and bool(trainer._accelerator_connector.use_distributed_sampler)
 
 
-def ended_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint was saved in ``on_train_batch_end`` of an epoch's last batch.
+def ended_epoch(checkpoint: dict[str, Any], max_steps: int) -> bool:
+    """Whether Lightning resumes a checkpoint with the next epoch, without an ``on_train_epoch_end`` before.
 
-    Lightning resumes it with the next epoch, without the ``on_train_epoch_end`` that is still due.
+    It does where the checkpoint was saved in ``on_train_batch_end`` of an epoch's last batch. With ``max_steps`` one saved in
+    ``on_train_epoch_end`` is made to look so: Lightning would end that epoch a second time, and count it twice.
     """
-    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    loop = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    if max_steps != -1 and epochs["total"]["completed"] < epochs["total"]["processed"]:
+        for count in ("total", "current"):
+            batches[count]["completed"] -= 1
+            epochs[count]["processed"] -= 1
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
     return bool(batches["is_last_batch"] and batches["total"]["completed"] < batches["total"]["processed"])
+
+
+def begin_epoch(trainer: Trainer) -> None:
+    """Have Lightning begin the epoch after one that ``ended_epoch`` as any other.
+
+    It would go on as if inside an epoch: without ``on_train_epoch_start``, and without counting the epoch as begun, so that
+    from the checkpoints of the rest of the run it would train an epoch again, or leave out its validation.
+    """
+    trainer.fit_loop.reset_restart_stage()
 
 
 def set_batches_done(checkpoint: dict[str, Any], batches: int) -> None:
@@ -49,6 +65,18 @@ def set_batches_done(checkpoint: dict[str, Any], batches: int) -> None:
     shift = batches - in_batch_end - current["completed"]
     for name in current:
         current[name] += shift
+
+
+def start_epoch_after_fit(checkpoint: dict[str, Any]) -> None:
+    """Have Lightning resume with the first batch of an epoch where a checkpoint was saved after the end of a fit.
+
+    With ``max_steps`` it takes the batches of the epoch that ended for batches of the next one.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loop["epoch_progress"]["total"], loop["epoch_loop.batch_progress"]
+    if epochs["completed"] == epochs["ready"]:
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
 
 
 Train = Callable[[Any, bool, bool], "Tensor | None"]

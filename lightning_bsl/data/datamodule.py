@@ -56,9 +56,10 @@ class BatchSizeDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset[Any] | None = None,
-        val: Dataset[Any] | None = None,
-        test: Dataset[Any] | None = None,
+        # not `Dataset[Any]`: LightningCLI gives no arguments to a data set whose type is written so
+        train: Dataset | None = None,  # type: ignore[type-arg]
+        val: Dataset | None = None,  # type: ignore[type-arg]
+        test: Dataset | None = None,  # type: ignore[type-arg]
         *,
         batch_size: int = 32,
         eval_batch_size: int = 512,

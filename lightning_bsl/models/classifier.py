@@ -68,7 +68,7 @@ class Classifier(LightningModule):
         if self._channels_last:
             self.net.to(memory_format=torch.channels_last)
         if self._compile:
-            self.net.compile(dynamic=True)  # in place: torch.compile(net) would rename the keys of the state_dict
+            _compile(self.net)
             self._compile = False
 
     def configure_optimizers(self) -> Optimizer:
@@ -129,3 +129,17 @@ class Classifier(LightningModule):
         logits = self(images)
         loss.update(self.loss(logits, labels).expand(len(labels)))
         accuracy.update(logits, labels)
+
+
+def _compile(net: nn.Module) -> None:
+    """Compile a module in place, which leaves the keys of its ``state_dict`` as they are.
+
+    As ``net.compile(dynamic=True)``, which has two flaws: before torch 2.13 it leaves a ``Sequential`` uncompiled, and the
+    compilations of all the modules of a process count towards one limit, beyond which it silently compiles no more.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return net._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # a copy for this module: compilations are kept, and counted, with the code
+    net._compiled_call_impl = torch.compile(call, dynamic=True)

@@ -16,7 +16,7 @@ from lightning_bsl.schedules.progress import Progress, Unit, check_unit
 Function = Callable[[Progress], float]
 
 
-def whole(length: float, total: Callable[[], int]) -> int:
+def whole(length: int | float, total: Callable[[], int]) -> int:
     """A length in whole units: an ``int`` as it is, a ``float`` below 1 as that fraction of the run, rounded up."""
     if isinstance(length, int):
         return length
@@ -24,7 +24,7 @@ def whole(length: float, total: Callable[[], int]) -> int:
     return max(1, math.ceil(length * total() - 1e-9))
 
 
-def check_length(name: str, length: float) -> None:
+def check_length(name: str, length: int | float) -> None:
     """Raise ``ValueError`` unless ``length`` is an ``int`` >= 1 or a ``float`` in (0, 1)."""
     if isinstance(length, bool) or not (length >= 1 if isinstance(length, int) else 0 < length < 1):
         raise ValueError(
@@ -49,7 +49,7 @@ class Schedule(ABC):
     """
 
     unit: Unit = "epoch"
-    every: float = 1
+    every: int | float = 1
     minimum: float | None = None
     maximum: float | None = None
 
@@ -315,7 +315,7 @@ class Warmup(Schedule):
 
     start: float
     then: Function
-    over: float
+    over: int | float
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,8 +42,8 @@ class JointSchedule:
         BatchLR(batch_size=16, lr=0.125)
     """
 
-    batch_size: Function | int
-    lr: Function | ScalingRule | float | None = None
+    batch_size: int | Function
+    lr: float | ScalingRule | Function | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in (

@@ -60,7 +60,7 @@ def test_loads_own_data(own: bool, tmp_path: Path) -> None:
 def test_ended_epoch(tmp_path: Path) -> None:
     fit(Model(), tmp_path, train_dataloaders=DataLoader(DATA, batch_size=4))  # three steps an epoch
     checkpoints = {step: torch.load(tmp_path / f"step={step}.ckpt") for step in range(1, 7)}
-    assert [step for step, checkpoint in checkpoints.items() if ended_epoch(checkpoint)] == [3, 6]
+    assert [step for step, checkpoint in checkpoints.items() if ended_epoch(checkpoint, -1)] == [3, 6]
 
 
 @pytest.mark.parametrize(

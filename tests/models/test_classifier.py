@@ -1,7 +1,8 @@
 """The classifier, driven by Lightning's Trainer."""
 
+import copy
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def test_loss(loader: DataLoader[tuple[Tensor, ...]], tmp_path: Path) -> None:
 
 def test_compile_is_in_place_and_for_all_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: calls.append(options))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options))
     model = make(compile=True)
     keys = list(model.state_dict())
     for _ in range(2):
@@ -152,12 +153,21 @@ def test_compile_is_in_place_and_for_all_batch_sizes(monkeypatch: pytest.MonkeyP
     assert list(model.state_dict()) == keys
 
 
-def test_compiled_equals_eager() -> None:
+def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = make(compile=True), torch.randn(6, 1, 8, 8)
     expected = model(images)
-    model.net.compile(backend="eager", dynamic=True)  # the default backend needs a C++ compiler
+    called: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        return lambda *arguments: called.append(1) or graph.forward(*arguments)
+
+    # the default backend needs a C++ compiler
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model.configure_model()
     assert torch.allclose(model(images), expected)
+    assert called == [1]
     assert not any("_orig_mod" in key for key in model.state_dict())
+    assert torch.allclose(copy.deepcopy(model)(images), expected)
 
 
 def test_channels_last() -> None:
