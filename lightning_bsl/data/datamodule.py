@@ -37,6 +37,8 @@ class BatchSizeDataModule(LightningDataModule):
         batch_size: Global batch size where no schedule says otherwise.
         eval_batch_size: Batch size for validation and test, of one process.
         num_workers: Worker processes of each loader; they live as long as the loader.
+        multiprocessing_context: How they are started: ``"fork"``, ``"forkserver"`` or ``"spawn"``; the platform's way by
+            default. Over several processes on CPUs (gloo) a forked worker now and then hangs: write ``"forkserver"``.
         pin_memory: Whether to copy batches to pinned memory; by default where CUDA is available.
         collate_fn: As of ``torch.utils.data.DataLoader``.
         seed: Seed of the order of the training examples.
@@ -64,6 +66,7 @@ class BatchSizeDataModule(LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int = 512,
         num_workers: int = 0,
+        multiprocessing_context: str | None = None,
         pin_memory: bool | None = None,
         collate_fn: Callable[[Any], Any] | None = None,
         seed: int = 0,
@@ -80,6 +83,7 @@ class BatchSizeDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.multiprocessing_context = multiprocessing_context
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.collate_fn = collate_fn
         self.seed = seed
@@ -181,6 +185,7 @@ class BatchSizeDataModule(LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "multiprocessing_context": self.multiprocessing_context if self.num_workers else None,
             "pin_memory": self.pin_memory,
             "collate_fn": self.collate_fn,
             # of its own: making a loader's iterator must not draw from the global one

@@ -158,3 +158,12 @@ def test_samples_per_epoch() -> None:
     model = fit(BatchSizeDataModule(Words(23), collate_fn=collate, samples_per_epoch=10), BatchLRScheduler(4))
     assert [[len(batch) for batch in epoch] for epoch in model.epochs] == [[4, 4, 2]] * 3
     assert len({frozenset(flat(epoch)) for epoch in model.epochs}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_may_be_started_in_another_way(workers: int) -> None:
+    dataset = TensorDataset(torch.arange(5))
+    loader = BatchSizeDataModule(
+        dataset, batch_size=2, shuffle=False, num_workers=workers, multiprocessing_context="forkserver"
+    ).train_dataloader()
+    assert [batch[0].tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
