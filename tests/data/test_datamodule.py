@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from tests.helpers import flat, quiet
