@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, plan_fit
+from lightning_bsl.callbacks.gradient_norm import FullGradient, FullGradientNorm
 
-__all__ = ["BatchLRScheduler", "plan_fit"]
+__all__ = ["BatchLRScheduler", "FullGradient", "FullGradientNorm", "plan_fit"]

@@ -90,7 +90,7 @@ class MemoryCeiling:
             for i, part in enumerate(parts[:1] if trial else parts):
                 count = part.stop - part.start
                 self.weight = count * trainer.world_size / examples
-                piece = batch if len(parts) == 1 else _cut(batch, part.start - share.start, count, share.stop - share.start)
+                piece = batch if len(parts) == 1 else cut(batch, part.start - share.start, count, share.stop - share.start)
                 last = not trial and i == len(parts) - 1
                 part_loss = train(piece, i == 0 and not trial, last)
                 if part_loss is not None:
@@ -98,7 +98,7 @@ class MemoryCeiling:
                     loss = part_loss if loss is None else loss + part_loss
             return True, loss
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)):
+            if not is_out_of_memory(error):
                 raise
             if size == 1 and not trial:
                 raise
@@ -125,7 +125,12 @@ def _halved(size: int) -> int:
     return half
 
 
-def _cut(value: Any, start: int, count: int, share: int) -> Any:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
+
+
+def cut(value: Any, start: int, count: int, share: int) -> Any:
     """``count`` of a batch's examples; one where there are none, since even a process without a share takes part."""
     if isinstance(value, Tensor) or _is_leaf(value):
         if isinstance(value, Tensor) and not value.dim():
@@ -138,9 +143,9 @@ def _cut(value: Any, start: int, count: int, share: int) -> Any:
             )
         return value[start : start + count] if count else value[:1]
     if isinstance(value, Mapping):
-        return cast(Any, type(value))({name: _cut(each, start, count, share) for name, each in value.items()})
+        return cast(Any, type(value))({name: cut(each, start, count, share) for name, each in value.items()})
     if isinstance(value, (list, tuple)):
-        parts = [_cut(each, start, count, share) for each in value]
+        parts = [cut(each, start, count, share) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 

@@ -79,6 +79,13 @@ def start_epoch_after_fit(checkpoint: dict[str, Any]) -> None:
         batches["is_last_batch"] = False
 
 
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """Take a training batch through the transfer hooks, as the training loop does."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 Train = Callable[[Any, bool, bool], "Tensor | None"]
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from torchmetrics import MeanMetric
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from lightning_bsl.callbacks.ceiling import _cut
+from lightning_bsl.callbacks.ceiling import cut
 from lightning_bsl.schedules import Milestones
 from tests.callbacks.test_micro_batches import GROWING, Regression, assert_close, examples, fit, own, train_by_hand
 from tests.helpers import quiet
@@ -194,14 +194,14 @@ def test_a_batch_that_cannot_be_split() -> None:
         Trainer(**quiet(max_epochs=1, callbacks=[scheduler])).fit(Graphs(), datamodule=datamodule)
 
 
-def test_cut() -> None:
+def testcut() -> None:
     Pair = namedtuple("Pair", "x y")
     x = torch.arange(6)
     batch = {"pair": Pair(x, [x, {"z": x.reshape(6, 1)}]), "names": list("abcdef"), "scalar": torch.tensor(3), "what": "text"}
-    part = _cut(batch, 2, 3, 6)
+    part = cut(batch, 2, 3, 6)
     assert part["pair"].x.tolist() == part["pair"].y[0].tolist() == part["pair"].y[1]["z"].flatten().tolist() == [2, 3, 4]
     assert (part["names"], part["scalar"], part["what"]) == (["c", "d", "e"], torch.tensor(3), "text")
-    assert _cut([x], 6, 0, 6)[0].tolist() == [0]
+    assert cut([x], 6, 0, 6)[0].tolist() == [0]
 
 
 def test_refusals() -> None:

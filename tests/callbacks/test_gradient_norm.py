@@ -1,0 +1,268 @@
+"""The full gradient norm against autograd over the whole set at once, and the run beside a run without it."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl.callbacks import FullGradientNorm
+from lightning_bsl.data import CIFAR10, ImageTensors
+from lightning_bsl.models import Classifier
+from lightning_bsl.report import read_metrics
+from lightning_bsl.schedules import Milestones
+from tests.helpers import quiet
+
+N = 131
+GENERATOR = torch.Generator().manual_seed(2)
+X = torch.randn(N, 6, generator=GENERATOR)
+Y = X.sum(dim=1, keepdim=True).sin() + torch.randn(N, 1, generator=GENERATOR) / 3
+
+
+class Model(LightningModule):
+    """Dropout, BatchNorm, metrics, a frozen parameter and one that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.net[0].bias.requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.mean = MeanMetric()
+        self.steps = 0
+        self.seen: list[list[int]] = []
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor]) -> Any:
+        self.steps += 1
+        if self.training:
+            self.seen.append(batch[2].tolist())
+        loss = self.loss(batch)
+        self.mean.update(loss)
+        self.log("train/mean", self.mean, on_step=False, on_epoch=True)
+        self.log_dict({"train/loss": loss}, on_step=True, on_epoch=True)
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def data(**arguments: Any) -> BatchSizeDataModule:
+    return BatchSizeDataModule(TensorDataset(X, Y, torch.arange(N)), seed=1, **arguments)
+
+
+def reference(model: Model, examples: Any = slice(None)) -> tuple[float, float]:
+    twin = copy.deepcopy(model.net).double().eval()
+    twin.zero_grad()
+    loss = nn.functional.mse_loss(twin(X[examples].double()), Y[examples].double())
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in twin.parameters() if p.requires_grad]).norm()
+    return norm.item(), loss.item()
+
+
+def fit(*callbacks: Any, model: Model | None = None, datamodule: Any = None, **arguments: Any) -> Model:
+    model = model or Model()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    path = arguments.pop("ckpt_path", None)
+    scheduler = BatchLRScheduler(Milestones([8, 16, 40], at=[9, 150], unit="samples"), 0.01)
+    trainer = Trainer(**quiet(**{"max_epochs": 3, "callbacks": [scheduler, *callbacks]} | arguments))
+    trainer.fit(model, datamodule=datamodule or data(), ckpt_path=path)
+    return model
+
+
+class References(ModelCheckpoint):
+    """Notes the reference where FullGradientNorm measures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[tuple[float, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.values.append(reference(pl_module))
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, N, 1000])
+def test_equals_autograd_over_the_whole_set(batch_size: int, tmp_path: Path) -> None:
+    expected = References()
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(FullGradientNorm(batch_size=batch_size), expected, logger=logger, enable_checkpointing=True)
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "full_gradient_norm" in row]
+    assert [row["samples"] for row in rows] == [N, 2 * N, 3 * N]
+    for row, (norm, loss) in zip(rows, expected.values, strict=True):
+        assert row["full_gradient_norm"] == pytest.approx(norm, rel=1e-5)
+        assert row["full_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("measure", [{}, {"every": 2, "unit": "step"}, {"subset": 50, "batch_size": 20}])
+def test_training_does_not_notice(measure: Any, workers: int, tmp_path: Path) -> None:
+    def go(name: str, *callbacks: Any, path: Path | None = None) -> tuple[Model, dict[str, Any], list[dict[str, float]]]:
+        logger = CSVLogger(tmp_path, name="", version=name)
+        every = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        model = fit(
+            *callbacks,
+            every,
+            datamodule=data(num_workers=workers),
+            enable_checkpointing=True,
+            logger=logger,
+            log_every_n_steps=1,
+            ckpt_path=path,
+        )
+        state = {"weights": model.state_dict(), "optimizer": model.trainer.optimizers[0].state_dict(), "rng": torch.rand(4)}
+        return model, state, read_metrics(tmp_path / name / "metrics.csv")
+
+    model, state, rows = go("without")
+    measured, measured_state, measured_rows = go("with", FullGradientNorm(**measure))
+    resumed, resumed_state, _ = go("resumed", FullGradientNorm(**measure), path=tmp_path / "with" / "step=13.ckpt")
+    for other in (measured_state, resumed_state):
+        torch.testing.assert_close(other, state, rtol=0, atol=0)
+    assert measured.seen == model.seen
+    assert resumed.seen == model.seen[13:]
+    assert measured.steps == model.steps
+    ours = {"full_gradient_norm", "full_loss"}
+    kept = [{k: v for k, v in row.items() if k not in ours} for row in measured_rows]
+    assert [row for row in kept if row.keys() - {"epoch", "step"}] == rows
+    assert all(each.training for each in measured.modules())
+
+
+def test_after_every_third_step(tmp_path: Path) -> None:
+    class Noting(FullGradientNorm):
+        def measure(self, trainer: Trainer, pl_module: Any) -> Any:
+            values = super().measure(trainer, pl_module)
+            expected.append((trainer.global_step, *reference(pl_module)))
+            return values
+
+    expected: list[tuple[float, ...]] = []
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(Noting(every=3, unit="step"), logger=logger, log_every_n_steps=1000, max_epochs=1)
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "full_gradient_norm" in row]
+    assert [row["step"] + 1 for row in rows] == [step for step, *_ in expected] == list(range(3, len(rows) * 3 + 1, 3))
+    for row, (_, norm, loss) in zip(rows, expected, strict=True):
+        assert (row["full_gradient_norm"], row["full_loss"]) == pytest.approx((norm, loss), rel=1e-5)
+
+
+def test_a_subset_stays_the_same_one() -> None:
+    class Chosen(FullGradientNorm):
+        def measure(self, trainer: Trainer, pl_module: Any) -> Any:
+            values = super().measure(trainer, pl_module)
+            assert self._loader is not None
+            examples = torch.tensor([index for batch in self._loader.batch_sampler for index in batch])
+            chosen.append(examples.tolist())
+            assert values == pytest.approx(reference(pl_module, examples), rel=1e-5)
+            return values
+
+    chosen: list[list[int]] = []
+    fit(Chosen(subset=40, batch_size=13))
+    fit(Chosen(subset=40, batch_size=64))
+    assert len(chosen) == 6
+    assert all(each == chosen[0] for each in chosen)
+    assert len(set(chosen[0])) == 40 and chosen[0] != list(range(40))
+
+
+def test_a_batch_that_does_not_fit_is_halved() -> None:
+    class Limited(Model):
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            if len(batch[0]) > 20 and not self.training:
+                sizes.append(len(batch[0]))
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().loss(batch)
+
+    sizes: list[int] = []
+    model, callback, expected = Limited(), FullGradientNorm(), References()
+    fit(callback, expected, model=model, enable_checkpointing=True)
+    assert sizes == [131, 66, 33]  # and not again
+    values = model.trainer.callback_metrics
+    assert values["full_gradient_norm"].item() == pytest.approx(expected.values[-1][0], rel=1e-5)
+
+
+def test_images_are_not_augmented() -> None:
+    class Images(CIFAR10):
+        def prepare_data(self) -> None:
+            """No files."""
+
+        def setup(self, stage: str | None = None) -> None:
+            generator = torch.Generator().manual_seed(0)
+            images = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8, generator=generator)
+            self.train_set = self.val_set = ImageTensors(images, torch.arange(30) % 10)
+
+    found = []
+    for augment in (True, False):
+        torch.manual_seed(3)
+        still = partial(torch.optim.SGD, lr=0.0)
+        model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), 10, optimizer=still)
+        trainer = Trainer(**quiet(max_epochs=1, callbacks=[FullGradientNorm(batch_size=7)]))
+        trainer.fit(model, Images(augment=augment, batch_size=10))
+        found.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    augmented, plain = found
+    assert augmented["full_gradient_norm"] == plain["full_gradient_norm"]
+    assert augmented["full_loss"] == pytest.approx(plain["train/loss"], rel=1e-5)
+    assert augmented["train/loss"] != plain["train/loss"]
+
+
+class Stranger(LightningDataModule):
+    def __init__(self, dataset: Any) -> None:
+        super().__init__()
+        self.dataset, self.batch_size = dataset, 8
+
+    def train_dataloader(self) -> Any:
+        return {"a": DataLoader(self.dataset, batch_size=self.batch_size, shuffle=True, drop_last=True)}
+
+
+class OfDict(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch["a"])
+
+    def full_loss(self, batch: Any) -> Tensor:
+        return self.loss(batch)
+
+
+def test_somebody_elses_data_and_a_module_that_says_how() -> None:
+    model = OfDict()
+    fit(FullGradientNorm(batch_size=50), model=model, datamodule=Stranger(TensorDataset(X, Y, torch.arange(N))), max_epochs=1)
+    values = model.trainer.callback_metrics
+    norm, loss = reference(model)
+    assert values["full_gradient_norm"].item() == pytest.approx(norm, rel=1e-5)
+    assert values["full_loss"].item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(FullGradientNorm(batch_size=10), enable_progress_bar=True, max_epochs=1)
+    assert "full gradient" in "".join(capsys.readouterr())
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(TensorDataset(X, Y, torch.arange(N)))
+
+
+def test_refusals() -> None:
+    for arguments, message in (({"every": 0}, "every=0"), ({"subset": 0}, "subset=0"), ({"batch_size": -1}, "batch_size=-1")):
+        with pytest.raises(ValueError, match=message):
+            FullGradientNorm(**arguments)
+    with pytest.raises(ValueError, match="unknown unit 'samples'"):
+        FullGradientNorm(unit="samples")
+    with pytest.raises(ValueError, match=r"subset=132.*131 training examples"):
+        fit(FullGradientNorm(subset=132))
+    manual = Model()
+    manual.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="full_loss"):
+        fit(FullGradientNorm(), model=manual)
+    trainer = Trainer(**quiet(max_epochs=1, callbacks=[FullGradientNorm()]))
+    with pytest.raises(MisconfigurationException, match="a data set that has a length"):
+        trainer.fit(Model(), DataLoader(Stream(), batch_size=4))
