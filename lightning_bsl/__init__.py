@@ -6,10 +6,25 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveBatchLRScheduler": "lightning_bsl.callbacks",
     "BatchLRScheduler": "lightning_bsl.callbacks",
     "BatchSizeDataModule": "lightning_bsl.data",
+    "FullGradientNorm": "lightning_bsl.callbacks",
+    "GradientNoiseScale": "lightning_bsl.callbacks",
+    "GradientNormTrigger": "lightning_bsl.callbacks",
+    "NoiseScaleTrigger": "lightning_bsl.callbacks",
+    "PlateauTrigger": "lightning_bsl.callbacks",
 }
-__all__ = ["BatchLRScheduler", "BatchSizeDataModule"]
+__all__ = [
+    "AdaptiveBatchLRScheduler",
+    "BatchLRScheduler",
+    "BatchSizeDataModule",
+    "FullGradientNorm",
+    "GradientNoiseScale",
+    "GradientNormTrigger",
+    "NoiseScaleTrigger",
+    "PlateauTrigger",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from lightning_bsl.callbacks import BatchLRScheduler, plan_fit
+from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler, plan_fit
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.schedules import Plan
 
@@ -20,6 +20,8 @@ OmegaConf.register_new_resolver("mul", lambda x, y: x * y, replace=True)  # conf
 
 def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: LightningDataModule) -> Plan | None:
     """The plan of the run that ``cfg`` describes; ``None`` for a run without an end, or with ``fast_dev_run``.
+
+    What a measurement decides has no plan before the run; after it, the plan says what happened.
 
     Args:
         cfg: The composed configuration; ``trainer`` gives the horizon.
@@ -30,7 +32,7 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
         ValueError: A schedule that cannot be run on these data, or over this horizon.
     """
     trainer = cfg.trainer
-    if trainer.get("fast_dev_run"):
+    if trainer.get("fast_dev_run") or (isinstance(scheduler, AdaptiveBatchLRScheduler) and not scheduler.progress.step):
         return None
     return plan_fit(
         scheduler.schedule,

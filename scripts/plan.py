@@ -18,7 +18,10 @@ def main(cfg: DictConfig) -> None:
     scheduler = instantiate(cfg.scheduler)
     plan = make_plan(cfg, scheduler, instantiate(cfg.data))
     if plan is None:
-        raise ValueError("no plan for fast_dev_run or a run without an end: write trainer.max_epochs or trainer.max_steps")
+        raise ValueError(
+            "no plan for fast_dev_run, for a run without an end (write trainer.max_epochs or trainer.max_steps), or for a "
+            "scheduler that measures before it decides"
+        )
     out, folder = console(), Path(cfg.output_dir)
     out.print(plan_table(plan))
     plan.to_csv(folder / "plan.csv")

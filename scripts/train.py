@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
+from lightning_bsl import AdaptiveBatchLRScheduler
 from lightning_bsl.experiment import make_plan, make_trainer
 from lightning_bsl.report import console, plan_table, plot_run, read_metrics, run_table
 
@@ -31,6 +32,8 @@ def main(cfg: DictConfig) -> float | None:
         out.print(plan_table(plan))
     trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path)
     if trainer.is_global_zero:
+        if isinstance(scheduler, AdaptiveBatchLRScheduler) and (plan := make_plan(cfg, scheduler, datamodule)):
+            plan.to_csv(folder / "plan.csv")
         if (folder / "metrics.csv").exists():
             rows = read_metrics(folder / "metrics.csv")
             if plan is not None:

@@ -149,6 +149,7 @@ class BatchLRScheduler(Callback):
         self._hooks: list[RemovableHandle] = []
         self._unscaled: dict[int, list[Any]] = {}  # the module's rates while an optimizer takes its step
         self._step_rng: dict[str, Any] | None = None  # at the start of the step that is under way
+        self._step_buffers: dict[str, Tensor] = {}  # the same, where a step is split
         self._restored_rng: dict[str, Any] | None = None
         self._reload_every: int | None = None
         self._first_batch = True  # is still to come
@@ -197,6 +198,7 @@ class BatchLRScheduler(Callback):
         self._rank, self._replicas = data_parallel(trainer)
         refuse(trainer, pl_module, self.schedule, self.max_device_batch_size)
         self.plan, self._epoch_ended, self._part, self._step_rng, self._restored_rng = None, False, 0, None, None
+        self._step_buffers.clear()
         if trainer.global_step == 0:
             self._epoch_start = self._progress = Progress()
         self._end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
@@ -211,8 +213,7 @@ class BatchLRScheduler(Callback):
                 lambda: self._progress.samples - self._epoch_start.samples,
                 self._cap,
             )
-            sizes = [stage.batch_size for stage in self.plan.stages] if self.plan else [self._num_examples]
-            check_split(trainer, pl_module, self._cap, max(sizes))
+            check_split(trainer, pl_module, self._cap, self._largest_step())
         else:
             self._first_size = cast(int, lightning_getattr(pl_module, "batch_size"))
             self._set_foreign(trainer, pl_module)
@@ -238,6 +239,8 @@ class BatchLRScheduler(Callback):
             warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")  # ours goes on exactly
         elif self._own is None:
             self._set_foreign(trainer, pl_module)
+            if self._epoch_ended:  # Lightning would go on inside the next epoch if that has more batches than were done
+                set_batches_done(checkpoint, 10**9)
         states = checkpoint["callbacks"][self.state_key]["rng"]
         self._restored_rng = states[trainer.global_rank] if trainer.global_rank < len(states) else None
         self._restore_rng(trainer)
@@ -273,6 +276,8 @@ class BatchLRScheduler(Callback):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, state)
         checkpoint["callbacks"][self.state_key]["rng"] = states
+        weights = checkpoint["state_dict"]
+        weights.update({name: buffer for name, buffer in self._step_buffers.items() if name in weights})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers and note the ratios of their param groups."""
@@ -340,6 +345,8 @@ class BatchLRScheduler(Callback):
         if self._part == 0:  # all of it where Lightning may validate, and save, inside the step
             state = rng_state if len(self._parts) > 1 else torch_rng_state
             self._step_rng = state(trainer.strategy.root_device)
+            if len(self._parts) > 1:
+                self._step_buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
         if len(self._parts) > 1:
             # Lightning steps when (i + 1) % accumulate == 0 and clears the gradients when i % accumulate == 0: this has it do
             # the first on the last micro-batch alone, and the second never
@@ -376,6 +383,7 @@ class BatchLRScheduler(Callback):
         if not steps:
             return
         self._step_rng = None
+        self._step_buffers.clear()
         first = self._progress.step == self._epoch_start.step + 1 and self._setting != self._logged  # for the progress bar
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if first or trainer.should_stop or (every and self._progress.step % every == 0):
@@ -415,6 +423,7 @@ class BatchLRScheduler(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer and the DataModule as they were."""
         self._restore_reload(trainer)
+        self._fitting = True
         if stage == "fit" and self._own is not None:
             self._own.unfollow()
             trainer.accumulate_grad_batches = 1
@@ -444,6 +453,9 @@ class BatchLRScheduler(Callback):
             self.schedule(self._progress)  # no end to plan towards: at least the first step must be possible
         else:
             self._set_horizon(self.plan.horizon)
+
+    def _largest_step(self) -> int:
+        return max(stage.batch_size for stage in self.plan.stages) if self.plan else self._num_examples
 
     def _finished(self) -> bool:
         return self._end.ends_before(self._progress)

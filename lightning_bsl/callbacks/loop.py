@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,6 +22,20 @@ def loads_own_data(trainer: Trainer) -> bool:
 def load_training_data(trainer: Trainer) -> None:
     """Have Lightning make the training loader now, if there is none yet."""
     trainer.fit_loop.setup_data()
+
+
+def set_epoch_length(trainer: Trainer, batches: int) -> None:
+    """Tell Lightning that the epoch under way has another number of batches than it began with."""
+    loop = trainer.fit_loop
+    cast(Any, loop._combined_loader).limits[:] = [batches]  # in place: the live iterator shares the list
+    cast(Any, loop._data_fetcher).length = loop.max_batches = batches
+    if isinstance(trainer.val_check_interval, float):
+        trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, TQDMProgressBar):
+        bar.train_progress_bar.total = batches
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
+        bar.progress.update(bar.train_progress_bar_id, total=batches)
 
 
 def injects_sampler(trainer: Trainer) -> bool:

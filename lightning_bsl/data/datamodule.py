@@ -130,6 +130,11 @@ class BatchSizeDataModule(LightningDataModule):
         self._schedule = (batch_size, clock, consumed, max_device_batch_size)
         self._train_loader = None
 
+    @property
+    def follows(self) -> bool:
+        """Whether the batch size follows a schedule."""
+        return self._schedule is not None
+
     def unfollow(self) -> None:
         """Back to ``batch_size``."""
         self._schedule = self._train_loader = None

@@ -119,6 +119,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.max_device_batch_size = max_device_batch_size
         self.as_tensors = as_tensors
         self.samples_per_epoch = samples_per_epoch or num_examples
+        self.handed_out = 0  # examples of the epoch's steps that were asked for: workers ask ahead of what is trained
 
     def __len__(self) -> int:
         """Batches of the epoch: its steps, or their micro-batches."""
@@ -138,7 +139,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """The indices of this process, step by step."""
-        return self._steps(self.clock(), self.consumed())  # the clock is read now, not when a worker asks for the first batch
+        self.handed_out = self.consumed()
+        return self._steps(self.clock(), self.handed_out)  # the clock is read now, not when a worker asks for the first batch
 
     def _steps(self, progress: Progress, consumed: int) -> Iterator[list[int]]:
         order: Any = self._order(progress.epoch) if self.as_tensors else self.permutation(progress.epoch)
@@ -150,6 +152,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             progress = progress.advance(len(step))
             if position <= consumed:
                 continue
+            self.handed_out = position
             for part in self._micro_batches(len(step)):
                 # a process without a share must step with the others all the same: it repeats an example, at weight 0
                 yield step[part] if part.stop > part.start else step[:1]

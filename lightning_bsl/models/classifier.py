@@ -134,8 +134,8 @@ class Classifier(LightningModule):
 def _compile(net: nn.Module) -> None:
     """Compile a module in place, which leaves the keys of its ``state_dict`` as they are.
 
-    As ``net.compile(dynamic=True)``, which has two flaws: before torch 2.13 it leaves a ``Sequential`` uncompiled, and the
-    compilations of all the modules of a process count towards one limit, beyond which it silently compiles no more.
+    As ``net.compile(dynamic=True)``, which has two flaws: in torch 2.4 it leaves a ``Sequential`` uncompiled, and everywhere
+    the compilations of all the modules of a process count towards one limit, beyond which it silently compiles no more.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -42,7 +42,7 @@ def plot_plan(plan: Plan, schedule: JointSchedule, path: str | Path) -> None:
 
 
 def plot_run(rows: list[Row], path: str | Path) -> None:
-    """Draw a run: batch size, learning rate, losses and accuracy against the samples it consumed.
+    """Draw a run: batch size, learning rate, losses, accuracy, and what was measured, against the samples it consumed.
 
     Args:
         rows: The run's metrics.
@@ -51,8 +51,10 @@ def plot_run(rows: list[Row], path: str | Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib, the ``report`` extra, is not installed.
     """
-    figure, axes = _figure(2, 2, (11, 7))
-    (batch, rate), (loss, accuracy) = axes
+    measured = {"full_gradient_norm": "full gradient norm", "gradient_noise_scale": "gradient noise scale"}
+    measured = {name: label for name, label in measured.items() if any(name in row for row in rows)}
+    figure, axes = _figure(3 if measured else 2, 2, (11, 10.5 if measured else 7))
+    (batch, rate), (loss, accuracy), *more = axes
     ends = epoch_ends(rows)
     batch.step(*curve(rows, "batch_size"), where="pre", color=_BATCH)
     batch.set_yscale("log", base=2)
@@ -66,6 +68,15 @@ def plot_run(rows: list[Row], path: str | Path) -> None:
     accuracy.plot(*curve(rows, "val/accuracy"), color=_VAL, marker=".")
     for axis, name in ((batch, "batch size"), (rate, "learning rate"), (loss, "loss"), (accuracy, "validation accuracy")):
         _label(axis, "samples", name, "black")
+    for axis, (name, label) in zip(more[0] if more else (), measured.items()):
+        axis.plot(*curve(rows, name), color=_TRAIN, marker=".")
+        _label(axis, "samples", label, "black")
+        axis.set_yscale("log")
+        if name == "full_gradient_norm" and any("threshold" in row for row in rows):
+            axis.step(*curve(rows, "threshold"), where="pre", color=_BATCH, label="threshold")
+            axis.legend()
+    if len(measured) == 1:
+        more[0][1].set_visible(False)
     figure.savefig(path, dpi=120)
 
 

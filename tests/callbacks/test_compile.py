@@ -159,6 +159,14 @@ def test_somebodys_datamodule(way: Any) -> None:
     assert counter.calls == len(module.sizes)
 
 
+def test_a_module_compiled_for_one_size() -> None:
+    # left to itself torch would compile each size and, from the eighth on, silently compile no more
+    module = Module(torch.compile(mlp(), backend=(counter := Counter()), dynamic=False))
+    fit(module, GROWING)
+    assert counter.compilations <= 2
+    assert counter.calls == len(module.sizes)
+
+
 def test_micro_batches() -> None:
     model, module = compiled_net(counter := Counter(), mlp())
     fit(model, GROWING, max_device_batch_size=13)

@@ -22,8 +22,8 @@ from tests.helpers import quiet
 class Noisy(Regression):
     """Draws from every generator there is; validates with a loader that would draw, too."""
 
-    def __init__(self, fails_at: int = -1) -> None:
-        super().__init__(nn.Dropout(0.4))
+    def __init__(self, fails_at: int = -1, norm: bool = True) -> None:
+        super().__init__(*([nn.BatchNorm1d(4, dtype=torch.float64)] if norm else []), nn.Dropout(0.4))
         self.fails_at = fails_at
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
@@ -55,7 +55,7 @@ def go(model: Noisy, cap: Any, *callbacks: Any, path: Path | None = None, seed: 
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cap", [None, 4, "auto"])
@@ -84,7 +84,7 @@ def test_from_an_exception_inside_a_step(fails_at: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails_at", [0, 1, 5, 11])
 def test_from_an_exception_inside_a_step_of_one_piece(fails_at: int, tmp_path: Path) -> None:
-    """Where torch's generators alone go back to the step's start: to look at NumPy's at every step takes too long."""
+    """Without BatchNorm and NumPy: to keep the state of those at every step would take too long."""
 
     class Dropout(Noisy):
         def training_step(self, batch: list[Tensor]) -> Tensor:
@@ -93,7 +93,7 @@ def test_from_an_exception_inside_a_step_of_one_piece(fails_at: int, tmp_path: P
                 raise KeyError("data")
             return loss
 
-    whole = go(Dropout(), None)
+    whole = go(Dropout(norm=False), None)
     with pytest.raises(KeyError):
-        go(Dropout(fails_at=fails_at), None, Kept(tmp_path, "failed"))
-    assert_equal(go(Dropout(), None, path=tmp_path / "failed.ckpt", seed=99), whole)
+        go(Dropout(fails_at, norm=False), None, Kept(tmp_path, "failed"))
+    assert_equal(go(Dropout(norm=False), None, path=tmp_path / "failed.ckpt", seed=99), whole)

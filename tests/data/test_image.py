@@ -30,7 +30,7 @@ def random_images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> T
 
 
 def in_training(datamodule: ImageDataModule, epoch: int = 0, training: bool = True) -> ImageDataModule:
-    stub: Any = SimpleNamespace(training=training, current_epoch=epoch, global_rank=0, world_size=1, overfit_batches=0)
+    stub: Any = SimpleNamespace(training=training, current_epoch=epoch, distributed_sampler_kwargs=None, overfit_batches=0)
     datamodule.trainer = stub
     return datamodule
 

@@ -24,7 +24,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, BatchSizeDataModule, FullGradientNorm
 from lightning_bsl.schedules import Exponential, Milestones
 
 name, devices, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -49,7 +49,8 @@ class Regression(LightningModule):
         if name == "ownauto" and devices > 1 and len(x) > (8, 4)[self.trainer.global_rank]:
             self.failed.append(len(x))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        self.seen.append([index.tolist(), self.trainer.optimizers[0].param_groups[0]["lr"]])
+        if self.training:  # FullGradientNorm evaluates
+            self.seen.append([index.tolist(), self.trainer.optimizers[0].param_groups[0]["lr"]])
         return torch.nn.functional.mse_loss(self.net(x), y)
 
     def validation_step(self, batch):
@@ -81,9 +82,14 @@ if name.startswith("own"):
     sizes = [12, 13, 31 + rank] if name == "owndivergent" else [12, 13, 31]
     cap = {"own": 99, "ownauto": "auto", "owndivergent": None}.get(name, 5)
     scheduler = BatchLRScheduler(Milestones(sizes, at=[6, 9], unit="step"), Exponential(0.01, 1.1), cap)
+    if name == "ownadaptive":  # each process measures something else
+        wanted = [{3, 7, 9}, {3, 5, 9}][rank]
+        trigger = lambda trainer, scheduler: scheduler.progress.step in wanted
+        scheduler = AdaptiveBatchLRScheduler(6, 0.01, trigger, maximum=30, check_every=1)
 else:
     datamodule, scheduler = Stranger(), BatchLRScheduler(Exponential(8, 2), Exponential(0.01, 1.1))
 model = Regression()
+callbacks = [scheduler] if name in ("ownfsdp", "owntensor") else [scheduler, FullGradientNorm(batch_size=7)]
 strategy = "ddp" if devices > 1 else "auto"
 if name == "ownfsdp":
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
@@ -91,14 +97,15 @@ if name == "owntensor":  # both processes train on every example; here they happ
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
 trainer = Trainer(
     accelerator="cpu", devices=devices, strategy=strategy, max_epochs=3,
-    use_distributed_sampler=not name.startswith("own"), callbacks=[scheduler], logger=CSVLogger(out, name="", version=""),
+    use_distributed_sampler=not name.startswith("own"), callbacks=callbacks, logger=CSVLogger(out, name="", version=""),
     log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0,
 )
 trainer.fit(model, datamodule=datamodule)
 result = {
     "seen": model.seen, "weights": [(p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for p in model.parameters()],
      "samples": scheduler.progress.samples,
-    "step": scheduler.progress.step, "planned": scheduler.plan.samples, "failed": model.failed,
+    "step": scheduler.progress.step, "planned": scheduler.plan and scheduler.plan.samples,
+    "segments": getattr(scheduler, "segments", None), "failed": model.failed,
     "passes": model.passes.item(), "found": scheduler.state_dict()["micro_batch_size"],
 }
 (out / f"{trainer.global_rank}.json").write_text(json.dumps(result))
@@ -168,6 +175,10 @@ def test_two_processes_train_as_one(in_one_process: Alone, tmp_path: Path) -> No
     # the log is written once, and says the same
     for column in ("batch_size", "lr", "samples"):
         assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
+    for column in ("full_gradient_norm", "full_loss"):
+        values, of_two = ([float(row[column]) for row in log if row[column]] for log in (rows, rows_of_two))
+        assert len(values) == 3
+        assert of_two == pytest.approx(values, rel=1e-6)  # logged as float32
     losses, losses_of_two = ([float(r["val/loss"]) for r in log if r["val/loss"]] for log in (rows, rows_of_two))
     assert len(losses) == 3
     assert losses_of_two == pytest.approx(losses, rel=1e-9)
@@ -198,6 +209,18 @@ def test_processes_of_unequal_memory_go_by_the_smallest(in_one_process: Alone, t
     assert_trained_alike(one, two)
     for column in ("batch_size", "lr", "samples"):
         assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
+
+
+def test_processes_that_measure_differently_advance_together(tmp_path: Path) -> None:
+    two, _ = go("ownadaptive", 2, tmp_path / "2")
+    assert two[0]["segments"] == two[1]["segments"]
+    assert [segment[:2] for segment in two[0]["segments"]] == [[0, 6], [18, 12], [61 + 24, 24]]  # at steps 3 and 9, not 5 or 7
+    assert two[0]["weights"] == two[1]["weights"]
+    assert [lr for _, lr in two[0]["seen"]] == [lr for _, lr in two[1]["seen"]]
+    first, second = ([indices for indices, _ in process["seen"]] for process in two)
+    epoch = 3 + 4  # steps of 6, 6, 6, 12, 12, 12, 7
+    assert sorted(flat(first[:epoch]) + flat(second[:epoch])) == list(range(61))
+    assert two[0]["samples"] == two[1]["samples"] == 3 * 61
 
 
 def test_processes_that_plan_differently_are_refused(tmp_path: Path) -> None:

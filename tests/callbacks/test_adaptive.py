@@ -1,0 +1,228 @@
+"""Growth that a measurement decides on, inside an epoch, while workers have been asked for batches ahead."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, GradientNormTrigger, NoiseScaleTrigger, PlateauTrigger
+from lightning_bsl.report import read_metrics
+from lightning_bsl.schedules import LinearScaling
+from tests.callbacks.test_micro_batches import N, Regression, examples
+from tests.helpers import flat, quiet
+
+
+class Noting(Regression):
+    """Notes each batch, its epoch and rate, and where validation ran."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Dropout(0.2))
+        self.rates: list[float] = []
+        self.epochs: list[int] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        if self.training:
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.epochs.append(self.trainer.current_epoch)
+            return super().training_step(batch)
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.validated.append(self.global_step)
+
+
+def at_steps(*steps: int) -> Any:
+    """A trigger that advances at these checks."""
+    return lambda trainer, scheduler: scheduler.progress.step in steps
+
+
+def fit(scheduler: BatchLRScheduler, model: Any = None, workers: int = 0, path: Path | None = None, **arguments: Any) -> Any:
+    model = model or Noting()
+    torch.manual_seed(4)
+    callbacks = [scheduler, *arguments.pop("callbacks", [])]
+    trainer = Trainer(**quiet(**{"max_epochs": 3} | arguments, callbacks=callbacks))
+    datamodule = BatchSizeDataModule(examples(), examples(), seed=1, num_workers=workers)
+    trainer.fit(model, datamodule=datamodule, ckpt_path=path)
+    return model
+
+
+def adaptive(trigger: Any, **arguments: Any) -> AdaptiveBatchLRScheduler:
+    return AdaptiveBatchLRScheduler(
+        **{"batch_size": 4, "lr": 0.01, "trigger": trigger, "maximum": 30, "check_every": 1} | arguments
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cap", [None, 5, "auto"])
+@pytest.mark.parametrize("steps", [(3,), (1, 5, 9), (15, 16), (2, 16, 40)])
+def test_grows_inside_the_epoch(steps: tuple[int, ...], cap: Any, workers: int, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    scheduler = adaptive(at_steps(*steps), max_device_batch_size=cap)
+    model = fit(scheduler, workers=workers, logger=logger, log_every_n_steps=1)
+    for epoch in range(3):  # each example once an epoch, across every change
+        assert sorted(flat(seen for seen, of in zip(model.seen, model.epochs) if of == epoch)) == list(range(N))
+    starts = [segment.start for segment in scheduler.segments]
+    clock, batches = 0, iter(zip(model.seen, model.rates, strict=True))
+    for _ in range(3):  # step by step: the size and the rate of the segment that its first example lies in
+        left = N
+        while left:
+            segment = scheduler.segments[sum(start <= clock for start in starts) - 1]
+            size, taken = min(segment.batch_size, left), 0
+            while taken < size:
+                batch, rate = next(batches)
+                taken += len(batch)
+                assert rate == segment.lr
+            assert taken == size
+            left, clock = left - size, clock + size
+    assert next(batches, None) is None
+    assert scheduler.progress.samples == clock == 3 * N
+    assert len(model.validated) == 3  # at the end of each epoch, though it has become shorter
+    for stage, segment in enumerate(scheduler.segments):
+        assert segment.batch_size == min(4 * 2**stage, 30)
+        assert segment.lr == pytest.approx(0.01 * math.sqrt(2) ** stage)
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "stage" in row]
+    assert [row["stage"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [(row["batch_size"], row["lr"]) for row in rows] == [pytest.approx(each[1:]) for each in scheduler.segments[1:]]
+    assert rows[0]["step"] == steps[0] - 1
+    if not workers:
+        assert rows[0]["samples"] == starts[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_is_the_open_loop_run_of_its_own_decisions(workers: int) -> None:
+    scheduler = adaptive(at_steps(3, 9, 20))
+    model = fit(scheduler, workers=workers)
+    again = fit(BatchLRScheduler(scheduler.schedule.batch_size, scheduler.schedule.lr), workers=workers)
+    assert model.seen == again.seen
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+TRIGGERS = {
+    "norm": lambda: GradientNormTrigger(start=1.5, batch_size=20),
+    "plateau": lambda: PlateauTrigger("val/loss", patience=2, min_delta=9),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cap", [None, 5])
+@pytest.mark.parametrize("trigger", TRIGGERS)
+def test_resumes_bit_for_bit(trigger: str, cap: int | None, workers: int, tmp_path: Path) -> None:
+    def scheduler() -> AdaptiveBatchLRScheduler:
+        return adaptive(TRIGGERS[trigger](), check_every=3, max_device_batch_size=cap)
+
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    arguments: Any = {"workers": workers, "val_check_interval": 0.5, "enable_checkpointing": True}
+    first = scheduler()
+    whole = fit(first, callbacks=[every], **arguments)
+    assert len(first.segments) > 2
+    last = max(int(path.stem[5:]) for path in tmp_path.glob("*.ckpt"))
+    for step in range(1, last, 4 if workers else 2):
+        if trigger == "plateau" and step in whole.validated:
+            continue  # Lightning leaves out the validation that was due just after the checkpoint
+        again = scheduler()
+        resumed = fit(again, path=tmp_path / f"step={step}.ckpt", **arguments)
+        assert again.segments == first.segments, step
+        assert resumed.seen == whole.seen[len(whole.seen) - len(resumed.seen) :]
+        assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)), step
+
+
+def test_the_progress_bar_and_is_last_batch_follow() -> None:
+    class Watching(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            last.append(trainer.is_last_batch)
+            totals.append(bar.train_progress_bar.total)
+
+    last: list[bool] = []
+    totals: list[int] = []
+    bar = TQDMProgressBar()
+    fit(adaptive(at_steps(3)), callbacks=[bar, Watching()], enable_progress_bar=True, max_epochs=2)
+    batches = 3 + math.ceil((N - 12) / 8)
+    assert totals[2:batches] == [batches] * (batches - 2)
+    assert [i for i, each in enumerate(last) if each] == [batches - 1, batches - 1 + math.ceil(N / 8)]
+
+
+def test_the_threshold_follows_its_rule(tmp_path: Path) -> None:
+    for rule, ratio in (("batch", math.sqrt(1 / 2)), ("growth", 2 ** (-1 / 4))):
+        trigger = GradientNormTrigger(start=2.0, rule=rule)  # type: ignore[arg-type]
+        scheduler = adaptive(trigger, check_every=2, maximum=16)
+        logger = CSVLogger(tmp_path / rule, name="", version="")
+        fit(scheduler, logger=logger, max_epochs=6)
+        rows = read_metrics(tmp_path / rule / "metrics.csv")
+        stage, steps = 0, []
+        for row in rows:
+            if "threshold" in row:
+                assert row["threshold"] == pytest.approx(2.0 * ratio**stage)
+                if stage < 2 and row["full_gradient_norm"] <= row["threshold"]:
+                    stage += 1
+                    steps.append(row["step"])
+        assert stage == scheduler.stage > 0
+        assert [row["step"] for row in rows if "stage" in row] == steps
+
+
+def test_scaling_rules() -> None:
+    scheduler = adaptive(at_steps(3, 9), lr=LinearScaling(0.01, base_batch_size=4))
+    model = fit(scheduler)
+    assert set(model.rates) == {0.01, 0.02, 0.04}
+    scheduler = adaptive(at_steps(3, 9), lr=None)
+    assert set(fit(scheduler).rates) == {0.05}
+    scheduler = adaptive(at_steps(3, 9), max_lr=0.012)
+    assert set(fit(scheduler).rates) == {0.01, 0.012}
+
+
+def test_capped_and_begun_anew() -> None:
+    scheduler = adaptive(lambda *_: True, delta=1.5)
+    model = fit(scheduler)
+    assert [segment.batch_size for segment in scheduler.segments] == [4, 6, 9, 14, 21, 30]
+    again = fit(scheduler)
+    assert again.seen == model.seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"delta": 1.0}, "delta=1.0"),
+        ({"gamma": 0.9}, "gamma=0.9"),
+        ({"batch_size": 64, "maximum": 32}, "batch_size=64.*maximum=32"),
+        ({"check_every": 0}, "check_every=0"),
+        ({"lr": 0.2, "max_lr": 0.1}, "lr=0.2.*max_lr=0.1"),
+    ],
+)
+def test_bad_arguments(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaptiveBatchLRScheduler(**{"lr": 0.1} | arguments)
+
+
+def test_refusals() -> None:
+    for make, message in (
+        (lambda: GradientNormTrigger(start=0), "start=0"),
+        (lambda: GradientNormTrigger(rule="paper"), "rule='paper'"),  # type: ignore[arg-type]
+        (lambda: PlateauTrigger("loss", patience=0), "patience=0"),
+        (lambda: PlateauTrigger("loss", mode="least"), "mode='least'"),  # type: ignore[arg-type]
+        (lambda: NoiseScaleTrigger(0), "factor=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(ValueError, match="an epoch has only 61 examples"):
+        fit(adaptive(at_steps(1), maximum=64))
+    with pytest.raises(MisconfigurationException, match="limit_train_batches"):
+        fit(adaptive(at_steps(1)), limit_train_batches=0.5)
+    with pytest.raises(MisconfigurationException, match="GradientNoiseScale"):
+        fit(adaptive(NoiseScaleTrigger()))
+    with pytest.raises(ValueError, match="monitor='val/los'` is not logged"):
+        fit(adaptive(PlateauTrigger("val/los")))
+    with pytest.raises(MisconfigurationException, match="BatchSizeDataModule"):
+        Trainer(**quiet(callbacks=[adaptive(at_steps(1))])).fit(Noting(), train_dataloaders=[])
