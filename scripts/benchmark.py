@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision import transforms as T
 
-from lightning_bsl import BatchLRScheduler
+from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
 from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors
 from lightning_bsl.data.image import identity
 from lightning_bsl.models import Classifier, cnn5
@@ -203,9 +203,11 @@ class _Switch(Callback):
     def __init__(self, other: Callback) -> None:
         self.other = other
         self.ticks: list[float] = []
+        self._step = -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        step, self._step = self._step, trainer.global_step
+        if step != self._step and self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.ticks.append(time.perf_counter())
             callbacks = [each for each in trainer.callbacks if each is not self.other]  # type: ignore[attr-defined]
             trainer.callbacks = callbacks if len(self.ticks) % 2 else [self.other, *callbacks]  # type: ignore[attr-defined]
@@ -221,7 +223,8 @@ def callback(arguments: argparse.Namespace) -> list[Bound]:
     rows, bounds = [], []
     for kind, batch_size, block, blocks in ((FashionMNIST, 128, 10, 20), (Digits, 8, 50, 40)):
         datamodule = _datamodule_of(kind, _training_set(kind, None), batch_size)
-        with_it, without = _seconds_per_block(datamodule, block, blocks * arguments.rounds)
+        scheduler = BatchLRScheduler(batch_size, 0.1)
+        with_it, without = _seconds_per_block(datamodule, block, blocks * arguments.rounds, scheduler)
         ratio = median(one / other for one, other in zip(with_it, without, strict=True))
         name = f"{kind.__name__}/{batch_size}"
         rows.append([name, *(f"{1e3 * median(seconds) / block:.3f}" for seconds in (with_it, without)), f"{ratio:.4f}"])
@@ -238,11 +241,13 @@ def _datamodule_of(kind: type[ImageDataModule], images: ImageTensors, batch_size
     return datamodule
 
 
-def _seconds_per_block(datamodule: ImageDataModule, block: int, blocks: int) -> tuple[list[float], list[float]]:
+def _seconds_per_block(
+    datamodule: ImageDataModule, block: int, blocks: int, other: Callback, *beside: Callback
+) -> tuple[list[float], list[float]]:
+    """Seconds of the blocks with the callback ``other``, and of those without; the ones ``beside`` it always take part."""
     torch.manual_seed(0)
     model = Classifier(cnn5(image_size=datamodule.image_size), datamodule.num_classes)
-    scheduler = BatchLRScheduler(datamodule.batch_size, 0.1)
-    switch = _Switch(scheduler)
+    switch = _Switch(other)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
             accelerator="cpu",
@@ -250,7 +255,7 @@ def _seconds_per_block(datamodule: ImageDataModule, block: int, blocks: int) -> 
             max_steps=(blocks + 2) * block + 1,
             limit_val_batches=0,
             log_every_n_steps=block,
-            callbacks=[scheduler, switch],
+            callbacks=[other, switch, *beside],
             logger=CSVLogger(folder),
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -343,6 +348,108 @@ def _gaps(datamodule: LightningDataModule, callbacks: list[Callback], **options:
     return gaps.seconds
 
 
+# --- noise_scale: the price of GradientNoiseScale where steps are in pieces, so that it takes no passes of its own ---
+
+
+def noise_scale(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare steps of two micro-batches with and without the callback, at its default settings but for the passes."""
+    block, batch_size = 10, 128  # one measurement in each block
+    datamodule = _datamodule_of(FashionMNIST, _training_set(FashionMNIST, None), batch_size)
+    scheduler = BatchLRScheduler(batch_size, 0.1, max_device_batch_size=batch_size // 2)
+    measuring = GradientNoiseScale(extra_every=None)
+    with_it, without = _seconds_per_block(datamodule, block, 20 * arguments.rounds, measuring, scheduler)
+    ratio = median(one / other for one, other in zip(with_it, without, strict=True))
+    print(
+        "milliseconds per training step of two micro-batches, medians; the ratio is the median of those of neighbouring blocks"
+    )
+    row = [f"FashionMNIST/{batch_size}", *(f"{1e3 * median(each) / block:.3f}" for each in (with_it, without)), f"{ratio:.4f}"]
+    print(table(["data/batch size", "with", "without", "ratio"], [row]))
+    return [Bound(f"noise_scale/FashionMNIST/{batch_size}", ratio, 1.03)]
+
+
+# --- gradient_norm: a full gradient norm over the passes it cannot do without, and the usual way to it over ours ---
+
+
+def gradient_norm(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare FullGradientNorm with a bare loop, and a pass through torchvision's data set with it."""
+    images = ImageTensors(torch.randint(256, (4096, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (4096,)))
+    batch_size = 1024
+    measuring = _Measuring(FullGradientNorm(every=10**9, batch_size=batch_size))
+    rows, bounds = [], []
+
+    def compare(trainer: Trainer, module: LightningModule) -> None:
+        net = cast(torch.nn.Module, module.net)
+        batches = [((x / 255 - FashionMNIST.mean[0]) / FashionMNIST.std[0], y) for x, y in _chunks(images, batch_size)]
+        loader = _augmenting_loader(images, batch_size)
+
+        def ours() -> int:
+            measuring.callback.measure(trainer, module)
+            return len(images)
+
+        candidates: dict[str, Callable[[], int]] = {
+            "ours": ours,
+            "bare": partial(_full_gradient, net, batches),
+            "torchvision": partial(_full_gradient, net, loader),
+        }
+        found = rates(candidates, arguments.rounds)
+        rows.append(["fashion_mnist", *(f"{found[name]:,.0f}" for name in candidates)])
+        over_bare = paired_ratio(candidates["bare"], ours, 2 * arguments.rounds)
+        bounds.append(Bound("gradient_norm/fashion_mnist/over_bare", over_bare, 1.15))
+        bounds.append(Bound("gradient_norm/fashion_mnist/torchvision_over_ours", found["ours"] / found["torchvision"], 3))
+
+    measuring.compare = compare
+    datamodule = _datamodule_of(FashionMNIST, images, 128)
+    torch.manual_seed(0)
+    Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        limit_val_batches=0,
+        callbacks=[measuring.callback, measuring],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Classifier(cnn5(), 10), datamodule)
+    print("examples per second of a full gradient norm, medians")
+    print(table(["data", "ours", "bare", "torchvision"], rows))
+    return bounds
+
+
+class _Measuring(Callback):
+    """Compares inside of a fit, where ``measure`` works."""
+
+    def __init__(self, callback: FullGradientNorm) -> None:
+        self.callback = callback
+        self.compare: Callable[[Trainer, LightningModule], None]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.compare(trainer, pl_module)
+
+
+def _chunks(images: ImageTensors, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(images.images.split(size), images.labels.split(size), strict=True))
+
+
+def _full_gradient(net: torch.nn.Module, batches: Any) -> int:
+    """Add up gradients, as written by hand; nothing else."""
+    parameters, examples = list(net.parameters()), 0
+    totals = [torch.zeros_like(each) for each in parameters]
+    for x, y in batches:
+        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(net(x), y), parameters)
+        torch._foreach_add_(totals, gradients, alpha=len(y))
+        examples += len(y)
+    torch.stack(torch._foreach_norm(totals)).norm().item()
+    return examples
+
+
+def _augmenting_loader(images: ImageTensors, batch_size: int) -> DataLoader[Any]:
+    """torchvision's data set and augmentation, as in training: the usual code measures through the training loader."""
+    theirs = cast(Any, _torchvision_fashion_mnist(images))
+    augment = [T.RandomCrop(28, padding=4), T.RandomHorizontalFlip(), T.RandomRotation(15)]
+    theirs.transform = T.Compose([*augment, T.ToTensor(), T.Normalize(FashionMNIST.mean, FashionMNIST.std)])
+    return DataLoader(theirs, batch_size, shuffle=True)
+
+
 def main() -> None:
     """Run the subject named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -359,6 +466,12 @@ def main() -> None:
 
     subject = subjects.add_parser("switch", help="the pause in which the batch size changes, with two worker processes")
     subject.set_defaults(run=switch)
+
+    subject = subjects.add_parser("noise_scale", help="training steps in micro-batches with GradientNoiseScale and without")
+    subject.set_defaults(run=noise_scale)
+
+    subject = subjects.add_parser("gradient_norm", help="the time of a full gradient norm")
+    subject.set_defaults(run=gradient_norm)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

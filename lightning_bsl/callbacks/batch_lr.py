@@ -159,6 +159,14 @@ class BatchLRScheduler(Callback):
         """The clock: what has been trained so far."""
         return self._progress
 
+    @property
+    def micro_batch(self) -> tuple[int, float] | None:
+        """This process's examples in the backward pass under way, and the factor of their mean loss; of our data alone."""
+        if self._own is None:
+            return None
+        weight = self._ceiling.weight if self._ceiling else self._weight
+        return round(weight * self._step_examples() / self._replicas), weight
+
     def estimated_steps(self, trainer: Trainer) -> int:
         """Optimizer steps of the whole fit, for a scheduler made in ``configure_optimizers``.
 
@@ -361,10 +369,10 @@ class BatchLRScheduler(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
-        if self._own is None:
+        if (micro_batch := self.micro_batch) is None:
             return
         # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
-        weight = (self._ceiling.weight if self._ceiling else self._weight) * trainer.accumulate_grad_batches
+        weight = micro_batch[1] * trainer.accumulate_grad_batches
         if weight != 1:
             loss.register_hook(lambda gradient: gradient * weight)
 

@@ -145,7 +145,7 @@ class FullGradientNorm(Callback):
         """Add a batch's loss and gradients, both times its examples."""
         if count <= self._fitting:
             try:
-                own = getattr(module, "full_loss", None) or partial(_training_loss, module)
+                own = getattr(module, "full_loss", None) or partial(training_loss, module)
                 batch_loss = own(batch)
                 gradients = torch.autograd.grad(batch_loss, parameters, allow_unused=True)
                 found = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
@@ -205,15 +205,16 @@ class FullGradientNorm(Callback):
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Evaluation mode, nothing logged; afterwards everything is as it was before."""
+def undisturbed(trainer: Trainer, module: LightningModule, evaluation: bool = True) -> Iterator[None]:
+    """Evaluation mode unless told otherwise, nothing logged; afterwards everything is as it was before."""
     before, modes = StepState(trainer), [(each, each.training) for each in module.modules()]
     quiet = {"log": _say_nothing, "log_dict": _say_nothing}
     stage = trainer.state.stage
     try:
         vars(module).update(quiet)
-        module.eval()
-        trainer.validating = True  # DataModules look here whether to augment
+        if evaluation:
+            module.eval()
+            trainer.validating = True  # DataModules look here whether to augment
         with torch.enable_grad():
             yield
     finally:
@@ -225,9 +226,10 @@ def undisturbed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         before.restore()
 
 
-def _training_loss(module: LightningModule, batch: Any) -> Tensor:
+def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    """What ``training_step`` returns as the loss of a batch."""
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    output = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
     return cast(Tensor, output["loss"] if isinstance(output, Mapping) else output)
 
 

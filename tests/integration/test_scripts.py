@@ -223,7 +223,9 @@ def test_warns_once_of_the_plan(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject, bounds", [("callback", 2), ("data", 9), ("switch", 2)])
+@pytest.mark.parametrize(
+    "subject, bounds", [("callback", 2), ("data", 9), ("switch", 2), ("noise_scale", 1), ("gradient_norm", 2)]
+)
 def test_benchmark_ends_with_its_ratios(subject: str, bounds: int) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--rounds", "1", subject]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout

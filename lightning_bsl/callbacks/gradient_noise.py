@@ -1,0 +1,390 @@
+"""The gradient noise scale, from what training computes anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
+from lightning_bsl.callbacks.ceiling import cut, is_out_of_memory
+from lightning_bsl.callbacks.gradient_norm import training_loss, undisturbed
+
+
+class Estimate(NamedTuple):
+    """What one step says; either may be below 0 by chance.
+
+    Args:
+        sq_norm: Of ``|G|^2``, G being the mean gradient of an example.
+        variance: Of ``tr(Sigma)``, Sigma being the covariance of the gradients of single examples.
+    """
+
+    sq_norm: float
+    variance: float
+
+
+def estimate(small_sq_norm: float, small_size: float, big_sq_norm: float, big_size: float) -> Estimate:
+    """Estimate without bias from the gradients of two batch sizes (McCandlish et al., arXiv 1812.06162, appendix A.1).
+
+    Args:
+        small_sq_norm: Squared norm of the gradient over ``small_size`` examples, or the mean of several of them.
+        small_size: The smaller number of examples.
+        big_sq_norm: Squared norm of the gradient over ``big_size`` examples.
+        big_size: The larger number of examples.
+
+    Example:
+        >>> estimate(small_sq_norm=5 + 12 / 4, small_size=4, big_sq_norm=5 + 12 / 8, big_size=8)
+        Estimate(sq_norm=5.0, variance=12.0)
+    """
+    variance = (small_sq_norm - big_sq_norm) / (1 / small_size - 1 / big_size)
+    return Estimate(big_sq_norm - variance / big_size, variance)
+
+
+class Pieces(NamedTuple):
+    """Sums over the pieces that a step's gradient is made of; those of several processes add up.
+
+    A piece of n examples with mean gradient g counts with a weight w in the step's gradient: ``G_step = sum w g``. Since
+    ``E|g|^2 = |G|^2 + tr(Sigma)/n``, the means of ``|g|^2`` and of ``1/n`` by these weights are those of one small batch
+    whatever the sizes, and their difference from ``|G_step|^2`` is a mean of squares: ``sum w |g - G_step|^2``.
+
+    Args:
+        number: Of pieces.
+        weight: Sum of w.
+        sq_norm: Sum of ``w |g|^2``.
+        small: Sum of ``w / n``.
+        big: Sum of ``w^2 / n``.
+    """
+
+    number: float = 0.0
+    weight: float = 0.0
+    sq_norm: float = 0.0
+    small: float = 0.0
+    big: float = 0.0
+
+    def plus(self, examples: int, weight: float, sq_norm: float) -> Pieces:
+        """Count one more piece, of squared norm ``|g|^2``."""
+        piece = (1, weight, weight * sq_norm, weight / examples, weight**2 / examples)
+        return Pieces(*(a + b for a, b in zip(self, piece)))
+
+    def estimate(self, step_sq_norm: float) -> Estimate:
+        """Estimate from two pieces or more and the squared norm of the step's gradient."""
+        small_size, big_size = self.weight / self.small, self.weight**2 / self.big
+        # the weights do not sum to 1 where Lightning ends an epoch inside an accumulated step
+        return estimate(self.sq_norm / self.weight, small_size, step_sq_norm / self.weight**2, big_size)
+
+
+class MovingAverage:
+    """An exponential moving average, its start at 0 divided out (as Adam does, arXiv 1412.6980, section 3).
+
+    Args:
+        smoothing: Weight of the past.
+
+    Example:
+        >>> average = MovingAverage(0.75)
+        >>> average.add(3.0)
+        >>> average.value
+        3.0
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
+        self.total = self.weight = 0.0
+
+    def add(self, value: float) -> None:
+        """Take in a value."""
+        self.total = self.smoothing * self.total + (1 - self.smoothing) * value
+        self.weight = self.smoothing * self.weight + (1 - self.smoothing)
+
+    @property
+    def value(self) -> float | None:
+        """The average, ``None`` before the first value."""
+        return self.total / self.weight if self.weight else None
+
+
+class GradientNoiseScale(Callback):
+    """Measures the gradient noise scale ``B_simple = tr(Sigma) / |G|^2``: far below that batch size gradients are mostly noise.
+
+    G is the mean gradient of an example and Sigma the examples' covariance (McCandlish et al., *An Empirical Model of
+    Large-Batch Training*, arXiv 1812.06162). Both follow from the gradients' norms at two batch sizes. Where a step consists
+    of micro-batches, or of the shares of several processes, these are the pieces and the whole: measuring costs the norms of
+    gradients that are there anyway. Elsewhere the gradient over half of the step's batch is computed too. That costs half a
+    step more, so it is done at every 50th step only, 1% of the time; the model is in training mode for it, and
+    ``training_step`` is called with its logging suppressed. Training goes on bit for bit as if nothing had been measured.
+
+    What is measured is the gradient that ``training_step`` gives, before clipping: of a loss that is a mean over examples.
+    With BatchNorm a piece is normalised by its own examples, which the noise scale of the pieces then includes.
+
+    Logs ``gradient_noise_scale``, ``gradient_sq_norm`` and ``gradient_variance``, moving averages, every
+    ``log_every_n_steps`` of the Trainer and at the end of an epoch. The first is left out while an average is not above 0: a
+    single step's estimates scatter around the true values, below 0 too.
+
+    Args:
+        every: Steps from one measurement to the next where the step is in pieces.
+        extra_every: Steps from one pass over half a batch to the next where it is not; ``None`` for no such passes.
+        smoothing: Weight of the past in the averages, from one measurement to the next.
+
+    Raises:
+        ValueError: ``every`` or ``extra_every`` below 1, ``smoothing`` not between 0 and 1.
+        MisconfigurationException: At fit start: sharded parameters, or manual optimization. While training: a batch that has to
+            be halved or counted and cannot be.
+
+    Example:
+        >>> trainer = Trainer(max_epochs=9, callbacks=[GradientNoiseScale()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, every: int = 10, extra_every: int | None = 50, smoothing: float = 0.95) -> None:
+        for name, value in (("every", every), ("extra_every", extra_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}={value}` must be 1 or more")
+        if not 0 < smoothing < 1:
+            raise ValueError(f"`smoothing={smoothing}` must lie between 0 and 1")
+        self.every = every
+        self.extra_every = extra_every
+        self.smoothing = smoothing
+        self._sq_norm, self._variance = MovingAverage(smoothing), MovingAverage(smoothing)
+        self._fitting = True  # not validating or testing
+        self._hooks: list[RemovableHandle] = []  # on the parameters, while a step is measured
+        self._batch: Any = None  # of the step that is measured
+        self._batch_idx = 0
+        self._norms: list[Tensor] = []  # of the parameters' gradients in the backward pass under way
+        self._pieces: list[tuple[int, float, Tensor]] = []  # examples, weight in this process's gradient, norms of that
+        self._stepped = False
+
+    @property
+    def gradient_sq_norm(self) -> float | None:
+        """The average of ``|G|^2``, ``None`` before the first measurement."""
+        return self._sq_norm.value
+
+    @property
+    def gradient_variance(self) -> float | None:
+        """The average of ``tr(Sigma)``, ``None`` before the first measurement."""
+        return self._variance.value
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The ratio of the averages, in examples; ``None`` while they are not both above 0."""
+        variance, sq_norm = self.gradient_variance or 0.0, self.gradient_sq_norm or 0.0
+        return variance / sq_norm if variance > 0 and sq_norm > 0 and variance / sq_norm < math.inf else None
+
+    # --- start and end of a fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew with a new run."""
+        self._fitting = stage == "fit"
+        if self._fitting and trainer.global_step == 0:
+            self._sq_norm, self._variance = MovingAverage(self.smoothing), MovingAverage(self.smoothing)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be measured."""
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise MisconfigurationException(
+                f"GradientNoiseScale needs whole gradients, which {type(trainer.strategy).__name__} does not keep; use "
+                "`strategy='ddp'`, or leave it out"
+            )
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "with manual optimization GradientNoiseScale cannot see which backward passes make up a step; leave it out"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, as plain floats."""
+        averages = {"sq_norm": self._sq_norm, "variance": self._variance}
+        return {name: {"total": each.total, "weight": each.weight} for name, each in averages.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the averages."""
+        if self._fitting:
+            for name, average in (("sq_norm", self._sq_norm), ("variance", self._variance)):
+                average.total, average.weight = state_dict[name]["total"], state_dict[name]["weight"]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hooks on the parameters."""
+        self._forget()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hooks on the parameters."""
+        self._forget()
+
+    # --- training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget a step that the last epoch did not finish."""
+        self._forget()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the gradients of this step, if it is one to measure."""
+        if not self._hooks and (self._is_due(trainer, self.every) or self._is_due(trainer, self.extra_every)):
+            # fires with the gradient of each backward pass, before it is added to others or averaged over processes
+            self._hooks = [each.register_hook(self._note) for each in _parameters(trainer.optimizers[0])]
+        if self._hooks:
+            self._batch, self._batch_idx = batch, batch_idx
+
+    def _note(self, gradient: Tensor) -> None:
+        self._norms.append(_norm(gradient))
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begin the step again: gradients so far were of one that ran out of memory."""
+        self._pieces.clear()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Begin a piece."""
+        self._norms.clear()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note a piece."""
+        if self._hooks and self._norms:
+            examples, weight = self._micro_batch(trainer)
+            if examples:  # else this process only keeps the others company
+                self._pieces.append((examples, weight, torch.stack(self._norms)))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure: the gradients are whole, and not clipped yet."""
+        self._stepped = True
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        scale = _loss_scale(trainer)
+        pieces = Pieces()
+        for examples, weight, norms in self._pieces:
+            pieces = pieces.plus(examples, weight / trainer.world_size, _sq_sum([norms]) / (weight * scale) ** 2)
+        gradients = [each.grad for each in _parameters(optimizer) if each.grad is not None]
+        sq_norm = _sq_sum(map(_norm, gradients))
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            sq_norm /= scale**2  # such an optimizer undoes the scale of the loss only as it steps
+        if trainer.world_size > 1:  # the same numbers everywhere, down to the last bit
+            sums = torch.tensor([*pieces, sq_norm / trainer.world_size], dtype=torch.float64)
+            sums = cast(Tensor, trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum"))
+            *values, sq_norm = sums.tolist()
+            pieces = Pieces(*values)
+        if pieces.number > 1:
+            if self._is_due(trainer, self.every):
+                self._record(pieces.estimate(sq_norm))
+        elif pieces.number == 1 and trainer.world_size == 1 and self._is_due(trainer, self.extra_every):
+            self._measure_half(trainer, pl_module, self._pieces[0][0], sq_norm / pieces.weight**2)
+        self._forget()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._stepped and every and trainer.global_step % every == 0:
+            self._log(pl_module, on_step=True, on_epoch=False)
+        self._stepped = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log beside the epoch's metrics."""
+        self._log(pl_module, on_step=False, on_epoch=True, sync_dist=True)
+
+    # --- parts
+
+    def _is_due(self, trainer: Trainer, every: int | None) -> bool:
+        """Whether the step under way is one of every ``every``; so the value is new when the Trainer logs."""
+        return every is not None and (trainer.global_step + 1) % every == 0
+
+    def _forget(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._batch = [], None
+        self._norms.clear()
+        self._pieces.clear()
+
+    def _micro_batch(self, trainer: Trainer) -> tuple[int, float]:
+        """Examples of the micro-batch under way, and what its mean loss was multiplied by."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BatchLRScheduler) and callback.micro_batch is not None:
+                return callback.micro_batch
+        try:
+            return extract_batch_size(self._batch), 1 / trainer.accumulate_grad_batches
+        except MisconfigurationException as error:
+            raise MisconfigurationException(
+                f"GradientNoiseScale cannot see how many examples a batch of type {type(self._batch).__name__} has: give it a "
+                "tensor whose first dimension they are, use a `BatchSizeDataModule` with BatchLRScheduler, or leave it out"
+            ) from error
+
+    def _measure_half(self, trainer: Trainer, module: LightningModule, examples: int, sq_norm: float) -> None:
+        """Compute the gradient over half of the batch, and compare it with the step's over all of it."""
+        half = examples // 2
+        if half < (2 if any(isinstance(each, _BatchNorm) for each in module.modules()) else 1):
+            return
+        try:
+            part = cut(self._batch, 0, half, examples)
+        except MisconfigurationException as error:
+            raise MisconfigurationException(
+                "GradientNoiseScale cannot halve the batch, which holds other things than tensors and lists whose first "
+                f"dimension are its {examples} examples: write `extra_every=None`, and train in micro-batches or in several "
+                "processes, or leave it out"
+            ) from error
+        try:
+            half_sq_norm = self._half_sq_norm(trainer, module, part)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            half_sq_norm = None
+            rank_zero_warn("out of memory: GradientNoiseScale leaves out a measurement")
+        if half_sq_norm is None:
+            garbage_collection_cuda()
+        else:
+            self._record(estimate(half_sq_norm, half, sq_norm, examples))
+
+    def _half_sq_norm(self, trainer: Trainer, module: LightningModule, part: Any) -> float | None:
+        parameters, scale = _parameters(trainer.optimizers[0]), _loss_scale(trainer)
+        # a compiled model is not: compiled once more for this size, its other sizes would round differently from then on
+        stance = getattr(torch.compiler, "set_stance", None)
+        with undisturbed(trainer, module, evaluation=False), stance("force_eager") if stance else nullcontext():
+            with trainer.precision_plugin.train_step_context():
+                loss = training_loss(module, part, self._batch_idx)
+            if loss is None:
+                return None
+            gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+        return _sq_sum(_norm(each) for each in gradients if each is not None) / scale**2
+
+    def _record(self, values: Estimate) -> None:
+        if all(map(math.isfinite, values)):  # else the gradients overflowed
+            self._sq_norm.add(values.sq_norm)
+            self._variance.add(values.variance)
+
+    def _log(self, pl_module: LightningModule, **arguments: Any) -> None:
+        values = {
+            "gradient_noise_scale": self.noise_scale,
+            "gradient_sq_norm": self.gradient_sq_norm,
+            "gradient_variance": self.gradient_variance,
+        }
+        for name, value in values.items():
+            if value is not None:
+                pl_module.log(name, value, batch_size=1, **arguments)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return cast(Tensor, torch.linalg.vector_norm(values.detach(), dtype=torch.promote_types(values.dtype, torch.float32)))
+
+
+def _sq_sum(norms: Iterable[Tensor]) -> float:
+    """The sum of the squares, read from the device at once."""
+    found = [each.reshape(-1) for each in norms]
+    return torch.cat(found).cpu().double().square().sum().item() if found else 0.0
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """What mixed precision multiplies the loss by."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0

@@ -1,0 +1,553 @@
+"""The gradient noise scale against closed forms, and the run beside a run without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule, FullGradientNorm, GradientNoiseScale
+from lightning_bsl.callbacks.gradient_noise import Estimate, MovingAverage, Pieces
+from lightning_bsl.data import FashionMNIST, ImageTensors
+from lightning_bsl.models import Classifier, cnn5
+from lightning_bsl.report import read_metrics
+from lightning_bsl.schedules import Milestones
+from tests.helpers import quiet
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+DRAWS = 2000
+SIZE = 16  # parameters of the linear model
+SQ_NORM, VARIANCE = 0.3, 5.0
+
+
+# --- arithmetic
+
+sizes = st.lists(st.integers(1, 50), min_size=2, max_size=9)
+
+
+@given(sizes, st.data())
+def test_pieces_are_unbiased(examples: list[int], data: st.DataObject) -> None:
+    """Given the expectations of the squared norms, the estimate is the truth: sizes and weights may be any."""
+    weights = data.draw(st.lists(st.floats(0.05, 2), min_size=len(examples), max_size=len(examples)))
+    pieces = Pieces()
+    for n, w in zip(examples, weights):
+        pieces = pieces.plus(n, w, SQ_NORM + VARIANCE / n)
+    step = sum(weights) ** 2 * SQ_NORM + VARIANCE * sum(w**2 / n for n, w in zip(examples, weights))
+    assert pieces.estimate(step) == pytest.approx((SQ_NORM, VARIANCE), rel=1e-9)
+
+
+@given(sizes)
+def test_pieces_are_the_analysis_of_variance(examples: list[int]) -> None:
+    gradients = np.random.default_rng(sum(examples)).normal(size=(len(examples), 3))
+    total = sum(examples)
+    mean = np.average(gradients, axis=0, weights=examples)
+    pieces = Pieces()
+    for n, gradient in zip(examples, gradients):
+        pieces = pieces.plus(n, n / total, gradient @ gradient)
+    between = sum(n * (gradient - mean) @ (gradient - mean) for n, gradient in zip(examples, gradients))
+    variance = between / (len(examples) - 1)
+    assert pieces.estimate(mean @ mean) == pytest.approx((mean @ mean - variance / total, variance), rel=1e-9, abs=1e-12)
+
+
+def test_the_averages_are_free_of_their_start() -> None:
+    smoothing, values = 0.9, [3.0, -1.0, 4.0, 1.5]
+    average = MovingAverage(smoothing)
+    assert average.value is None
+    for count, value in enumerate(values, 1):
+        average.add(value)
+        terms = [(1 - smoothing) * smoothing ** (count - 1 - k) * values[k] for k in range(count)]
+        assert average.value == pytest.approx(sum(terms) / (1 - smoothing**count), rel=1e-14)
+
+
+def test_no_ratio_unless_both_averages_are_above_0() -> None:
+    callback = GradientNoiseScale(smoothing=0.5)
+    assert (callback.noise_scale, callback.gradient_sq_norm, callback.gradient_variance) == (None, None, None)
+    for values in ((-1.0, 2.0), (0.0, 0.0), (2.0, -8.0)):
+        callback._record(Estimate(*values))
+        assert callback.noise_scale is None
+    callback._record(Estimate(float("nan"), 1.0))
+    callback._record(Estimate(8.0, 100.0))
+    assert callback.noise_scale == callback.gradient_variance / callback.gradient_sq_norm > 0  # type: ignore[operator]
+    callback._sq_norm.total = 5e-324
+    assert callback.noise_scale is None
+
+
+# --- a model whose gradients are known: that of an example is the example
+
+
+class Noting(GradientNoiseScale):
+    """Keeps every single measurement."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{"every": 1, "extra_every": 1} | arguments)
+        self.found: list[Estimate] = []
+
+    def _record(self, values: Estimate) -> None:
+        super()._record(values)
+        self.found.append(values)
+
+
+class Linear(LightningModule):
+    def __init__(self, memory: int = 10**9, fused: bool = False) -> None:
+        super().__init__()
+        self.net = nn.Linear(SIZE, 1, bias=False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.memory, self.fused = memory, fused
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        if len(batch[0]) > self.memory:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.net(batch[0]).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0, fused=self.fused)
+
+
+def draws(number: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(number, SIZE, generator=generator) * (VARIANCE / SIZE) ** 0.5
+    return TensorDataset(noise + (SQ_NORM / SIZE) ** 0.5)
+
+
+class Stranger(LightningDataModule):
+    """Batches of these sizes, over and over; the last one of the epoch is what is left."""
+
+    def __init__(self, sizes: list[int], examples: int) -> None:
+        super().__init__()
+        self.sizes, self.data = sizes, draws(examples)
+
+    def train_dataloader(self) -> Any:
+        cuts = np.cumsum([0, *self.sizes * (len(self.data) // sum(self.sizes) + 1)]).tolist()
+        order = range(len(self.data))
+        return DataLoader(self.data, batch_sampler=[order[a:b] for a, b in pairwise(cuts) if a < len(order)])
+
+
+def measured(
+    batch: int | list[int] = 12, cap: Any = None, model: Linear | None = None, steps: int = DRAWS, **arguments: Any
+) -> np.ndarray:
+    """Every step's estimates; ``batch`` is ours, or those of somebody's loader."""
+    callback = Noting()
+    trainer_arguments = {"max_epochs": 1} | arguments
+    if isinstance(batch, list):
+        together = sum(batch) * arguments.get("accumulate_grad_batches", 1) // len(batch)
+        datamodule: Any = Stranger(batch, together * steps)
+        callbacks: list[Callback] = [callback]
+    else:
+        datamodule = BatchSizeDataModule(draws(batch * steps), batch_size=batch)
+        callbacks = [BatchLRScheduler(batch, max_device_batch_size=cap), callback]
+    Trainer(**quiet(callbacks=callbacks, **trainer_arguments)).fit(model or Linear(), datamodule=datamodule)
+    return np.array(callback.found)
+
+
+def assert_true(found: np.ndarray, least: int = DRAWS) -> None:
+    assert len(found) >= least
+    error = found.std(axis=0, ddof=1) / len(found) ** 0.5
+    assert np.all(np.abs(found.mean(axis=0) - (SQ_NORM, VARIANCE)) < 3 * error), (found.mean(axis=0), error)
+    assert np.all(error < 0.1 * np.array([SQ_NORM, VARIANCE]) + 0.02)  # else this would show nothing
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param({"batch": 13}, id="half"),
+        pytest.param({"batch": [12]}, id="half-stranger"),
+        pytest.param({"batch": 12, "cap": 4}, id="micro"),
+        pytest.param({"batch": 13, "cap": 5}, id="micro-unequal"),
+        pytest.param({"batch": 13, "cap": "auto", "model": Linear(memory=5)}, id="auto"),
+        pytest.param({"batch": [3], "accumulate_grad_batches": 4}, id="accumulated"),
+        pytest.param({"batch": [1, 7, 2, 6], "accumulate_grad_batches": 4}, id="accumulated-unequal"),
+        pytest.param({"batch": 16, "precision": "bf16-mixed"}, id="bf16"),
+    ],
+)
+def test_every_source_has_the_right_mean(source: dict[str, Any]) -> None:
+    assert_true(measured(**source))
+
+
+def test_steps_cut_short_by_the_end_of_an_epoch() -> None:
+    found = []
+    for _ in range(2):  # two epochs that end with an accumulated step of 2 batches of 3, and one of them of 1
+        data = Stranger([3], 12 * 3 + 4)
+        callback = Noting()
+        trainer = Trainer(**quiet(max_epochs=1, accumulate_grad_batches=4, callbacks=[callback]))
+        trainer.fit(Linear(), datamodule=data)
+        found.append(callback.found)
+    assert len(found[0]) == 4
+    last = [each.mean(dim=0) for each in data.data.tensors[0][36:].split(3)]
+    step = (last[0] + last[1]) / 2
+    spread = sum(((each - step) ** 2).sum() for each in last) / 2
+    variance = (spread / (0.25 / 3 + 0.25 / 1)).item()
+    assert found[0][-1].variance == pytest.approx(variance, rel=1e-5)
+    big = (step @ step).item() - variance * (0.25 / 3 + 0.25 / 1)
+    assert found[0][-1].sq_norm == pytest.approx(big, rel=1e-4, abs=1e-6)
+
+
+def test_a_short_step_and_one_example() -> None:
+    for cap, count in ((None, 5), (3, 5)):
+        callback = Noting()
+        data = BatchSizeDataModule(draws(5 * 8 + 1), batch_size=8)
+        scheduler = BatchLRScheduler(8, max_device_batch_size=cap)
+        Trainer(**quiet(max_epochs=1, callbacks=[callback, scheduler])).fit(Linear(), datamodule=data)
+        assert len(callback.found) == count  # the step of one example has no halves
+        assert scheduler.progress.step == 6
+    with_rest = measured(13, steps=1, cap=4)
+    order = BatchSizeDataModule(draws(13), batch_size=13).train_dataloader().batch_sampler.permutation(0)  # type: ignore[union-attr]
+    x = draws(13).tensors[0][order]
+    means = [(len(part), part.mean(dim=0)) for part in (x[:3], x[3:6], x[6:9], x[9:])]
+    between = sum(n * ((g - x.mean(dim=0)) ** 2).sum() for n, g in means) / 3
+    assert with_rest[0, 1] == pytest.approx(between.item(), rel=1e-5)
+
+
+def test_a_step_that_ran_out_of_memory_half_way_is_counted_once() -> None:
+    class Fails(Linear):
+        calls = 0
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            Fails.calls += 1
+            if Fails.calls == 6:  # the second micro-batch of the second step
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(batch)
+
+    class Counting(GradientNoiseScale):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            counts.append([examples for examples, *_ in self._pieces])
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    counts: list[list[int]] = []
+    callbacks = [Counting(every=1), BatchLRScheduler(13, max_device_batch_size="auto")]
+    data = BatchSizeDataModule(draws(39), batch_size=13)
+    Trainer(**quiet(max_epochs=1, callbacks=callbacks)).fit(Fails(memory=7), datamodule=data)
+    assert counts == [[6, 7], [3, 3, 3, 4], [3, 3, 3, 4]]
+
+
+def test_clipping_and_loss_scaling_change_nothing() -> None:
+    for cap in (None, 4):
+        plain = measured(16, cap, steps=20)
+        np.testing.assert_array_equal(measured(16, cap, steps=20, gradient_clip_val=1e-3), plain)
+        for fused in (False, True):
+            scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))  # type: ignore[attr-defined]
+            found = measured(16, cap, Linear(fused=fused), steps=20, plugins=[scaled])
+            np.testing.assert_allclose(found, plain, rtol=0.02, atol=0.02)
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from lightning import Trainer
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl.schedules import Milestones
+from tests.callbacks.test_gradient_noise import DRAWS, Linear, Noting, draws
+from tests.helpers import quiet
+
+callback = Noting(extra_every=None)
+processes = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
+# shares of 3 and 4 examples, whole; then of 6 and 7, in two micro-batches each; at last of 1 and none
+schedule = Milestones([7, 13], at=[DRAWS], unit="step")
+trainer = Trainer(**quiet(max_epochs=1, callbacks=[BatchLRScheduler(schedule, max_device_batch_size=4), callback], **processes))
+trainer.fit(Linear(), datamodule=BatchSizeDataModule(draws(7 * DRAWS + 13 * 500 + 1), batch_size=7))
+(Path(sys.argv[1]) / f"{trainer.global_rank}.json").write_text(json.dumps(callback.found))
+"""
+
+
+def test_processes(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    environment = os.environ | variables | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert len(first) == DRAWS + 500  # the last step, of one example, has one piece over both
+    assert_true(np.array(first[:DRAWS]))
+    assert_true(np.array(first[DRAWS:]), least=500)
+
+
+# --- training does not notice
+
+N = 131
+GENERATOR = torch.Generator().manual_seed(2)
+X = torch.randn(N, 6, generator=GENERATOR)
+Y = X.sum(dim=1, keepdim=True).sin() + torch.randn(N, 1, generator=GENERATOR) / 3
+
+
+class Model(LightningModule):
+    """Dropout, BatchNorm, metrics, and a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.net[0].bias.requires_grad_(False)
+        self.mean = MeanMetric()
+        self.steps = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.steps += 1
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1]) * (1 + torch.rand(()) + np.random.rand())
+        self.mean.update(loss)
+        self.log("train/mean", self.mean, on_step=False, on_epoch=True)
+        self.log_dict({"train/loss": loss}, on_step=True, on_epoch=True)
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class Limited(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        if len(batch[0]) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().training_step(batch, batch_idx)
+
+
+class Order(Callback):
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch[2].tolist())
+
+
+class Plain(LightningDataModule):
+    """No scheduler, accumulated batches."""
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(self.trainer.current_epoch)  # type: ignore[union-attr]
+        return DataLoader(TensorDataset(X, Y, torch.arange(N)), batch_size=9, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["half", "micro", "auto", "accumulated"])
+def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> None:
+    if source == "accumulated" and workers:
+        pytest.skip("the same as without")
+    cap: Any = {"micro": 7, "auto": "auto"}.get(source)
+
+    def go(name: str, *callbacks: Callback, path: Path | None = None) -> tuple[Model, Order, Any, list[dict[str, float]]]:
+        every = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        order, model = Order(), Limited() if source == "auto" else Model()
+        scheduler: list[Callback] = []
+        options: dict[str, Any] = {"accumulate_grad_batches": 3}
+        datamodule: Any = Plain()
+        if source != "accumulated":
+            datamodule = BatchSizeDataModule(TensorDataset(X, Y, torch.arange(N)), seed=1, num_workers=workers)
+            schedule = Milestones([8, 16, 40], at=[9, 150], unit="samples")
+            scheduler, options = [BatchLRScheduler(schedule, 0.01, max_device_batch_size=cap)], {}
+        torch.manual_seed(5)
+        np.random.seed(5)
+        trainer = Trainer(
+            **quiet(
+                max_epochs=3,
+                callbacks=[*scheduler, *callbacks, order, every],
+                enable_checkpointing=True,
+                logger=CSVLogger(tmp_path, name="", version=name),
+                log_every_n_steps=1,
+                gradient_clip_val=0.5,
+            ),
+            **options,
+        )
+        trainer.fit(model, datamodule=datamodule, ckpt_path=path)
+        rng = [torch.rand(4), torch.from_numpy(np.random.rand(4))]
+        state = {"weights": model.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "rng": rng}
+        assert not any(p._backward_hooks for p in model.parameters())
+        return model, order, state, read_metrics(tmp_path / name / "metrics.csv")
+
+    model, order, state, rows = go("without")
+    measuring = Noting(every=2, extra_every=3)
+    same, same_order, same_state, same_rows = go("with", measuring)
+    torch.testing.assert_close(same_state, state, rtol=0, atol=0)
+    assert (same_order.seen, same.steps) == (order.seen, model.steps)
+    assert len(measuring.found) >= 4
+    ours = {"gradient_noise_scale", "gradient_sq_norm", "gradient_variance"}
+    kept = [{k: v for k, v in row.items() if k not in ours} for row in same_rows]
+    assert [row for row in kept if row.keys() - {"epoch", "step"}] == rows
+    noted = [row for row in same_rows if "gradient_variance" in row]
+    assert noted
+    for row in noted:
+        both = row["gradient_sq_norm"] > 0 and row["gradient_variance"] > 0
+        assert ("gradient_noise_scale" in row) == both
+    if source == "accumulated":
+        return  # Lightning alone does not resume a shuffled epoch exactly
+    again = Noting(every=2, extra_every=3)
+    _, resumed_order, resumed_state, resumed_rows = go("resumed", again, path=tmp_path / "with" / "step=13.ckpt")
+    torch.testing.assert_close(resumed_state, state, rtol=0, atol=0)
+    assert resumed_order.seen == order.seen[-len(resumed_order.seen) :]
+    assert 0 < len(again.found) < len(measuring.found)
+    assert again.found == measuring.found[-len(again.found) :]
+    assert again.state_dict() == measuring.state_dict()
+    assert resumed_rows[-1] == same_rows[-1]
+
+
+def test_logs_when_the_trainer_does(tmp_path: Path) -> None:
+    callback = GradientNoiseScale(every=4, extra_every=8)
+    data = BatchSizeDataModule(draws(12 * 30), batch_size=12)
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = Trainer(**quiet(max_epochs=1, callbacks=[callback], logger=logger, log_every_n_steps=8))
+    trainer.fit(Linear(), datamodule=data)
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "gradient_variance" in row]
+    assert [row["step"] for row in rows] == [7, 15, 23, 29]
+    assert rows[-1]["gradient_variance"] == pytest.approx(callback.gradient_variance, rel=1e-6)
+    assert rows[-1]["gradient_sq_norm"] == pytest.approx(callback.gradient_sq_norm, rel=1e-6)
+    assert rows[-1].get("gradient_noise_scale") == pytest.approx(callback.noise_scale, rel=1e-6)
+    assert not any("gradient_noise_scale" in row for row in rows[:-1] if row["gradient_sq_norm"] <= 0)
+
+
+def test_averages_begin_anew_with_a_run() -> None:
+    callback = Noting()
+    for _ in range(2):
+        trainer = Trainer(**quiet(max_epochs=1, callbacks=[callback]))
+        trainer.fit(Linear(), datamodule=BatchSizeDataModule(draws(36), batch_size=12))
+        assert callback.gradient_variance == pytest.approx(
+            np.average([each.variance for each in callback.found[-3:]], weights=[0.95**2, 0.95, 1])
+        )
+
+
+def test_an_exception_leaves_no_hooks() -> None:
+    class Fails(Linear):
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            raise RuntimeError("no")
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="no"):
+        measured(model=model, steps=3)
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_half_that_does_not_fit_is_left_out() -> None:
+    class Full(Linear):
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            if len(batch[0]) == 6:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(batch)
+
+    with pytest.warns(UserWarning, match="leaves out a measurement"):
+        assert not len(measured(model=Full(), steps=3))
+
+
+def test_a_compiled_model_is_not_compiled_for_the_halves() -> None:
+    class Deeper(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(SIZE, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    found = []
+    for callbacks in ([], [Noting(extra_every=2)]):
+        compiled: list[bool] = []
+
+        def backend(graph: Any, inputs: Any, compiled: list[bool] = compiled) -> Any:
+            compiled.append(any("tanh" in str(node.target) for node in graph.graph.nodes))
+            return graph.forward
+
+        torch._dynamo.reset()
+        model = Deeper()
+        model.net = torch.compile(model.net, backend=backend)  # type: ignore[assignment]
+        data = BatchSizeDataModule(draws(12 * 6), batch_size=12)
+        Trainer(**quiet(max_epochs=1, callbacks=callbacks)).fit(model, datamodule=data)
+        found.append((sum(compiled), [p.tolist() for p in model.parameters()]))
+    assert found[0] == found[1]
+    assert found[0][0] == 1
+
+
+# --- a real data set
+
+
+@pytest.mark.skipif(not DEBIAN.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_sources_agree_on_fashion_mnist() -> None:
+    images, labels = FashionMNIST(DEBIAN).read("train")
+    examples = 4000
+    train_set = ImageTensors(images[:examples], labels[:examples])
+
+    def fit(lr: float, batch: int, cap: int | None, *callbacks: Callback, **arguments: Any) -> Trainer:
+        datamodule = FashionMNIST(batch_size=batch)
+        datamodule.prepare_data = lambda: None  # type: ignore[method-assign]
+        datamodule.train_set = datamodule.val_set = train_set
+        model = Classifier(net, 10, optimizer=partial(torch.optim.SGD, lr=lr))
+        scheduler = BatchLRScheduler(batch, max_device_batch_size=cap)
+        trainer = Trainer(**quiet(callbacks=[scheduler, *callbacks], limit_val_batches=0, **arguments))
+        trainer.fit(model, datamodule)
+        return trainer
+
+    torch.manual_seed(0)
+    net = cnn5(width=8)
+    fit(0.1, 64, None, max_steps=60)
+    sources = []
+    for batch, cap in ((64, None), (64, 16), (60, 25)):
+        callback, full = Noting(), FullGradientNorm(every=2)
+        trainer = fit(0.0, batch, cap, callback, full, max_epochs=2)
+        found = np.array(callback.found)
+        sources.append((found.mean(axis=0), found.std(axis=0, ddof=1) / len(found) ** 0.5))
+        # batches are drawn without replacement, so what they say of G lacks the noise of the set's own mean
+        sq_norm, variance = sources[-1][0]
+        expected = trainer.callback_metrics["full_gradient_norm"].item() ** 2 - variance / examples
+        assert abs(sq_norm - expected) < 3 * sources[-1][1][0]
+        assert 10 < variance / sq_norm < 10_000
+        assert callback.noise_scale is None or 3 < callback.noise_scale < 100_000
+    for mean, error in sources:
+        for other, other_error in sources:
+            assert np.all(np.abs(mean - other) < 3 * np.hypot(error, other_error))
+
+
+# --- refusals
+
+
+def test_refusals() -> None:
+    for name, value in (("every", 0), ("extra_every", 0)):
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            GradientNoiseScale(**{name: value})
+    for smoothing in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match=f"smoothing={smoothing}"):
+            GradientNoiseScale(smoothing=smoothing)
+    manual = Linear()
+    manual.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="manual optimization"):
+        measured(model=manual, steps=2)
+    for strategy in (FSDPStrategy, DeepSpeedStrategy):
+        stub: Any = SimpleNamespace(strategy=strategy.__new__(strategy))
+        with pytest.raises(MisconfigurationException, match=f"needs whole gradients, which {strategy.__name__}"):
+            GradientNoiseScale().on_fit_start(stub, Linear())
+
+
+def test_batches_that_cannot_be_halved_or_counted() -> None:
+    class Odd(Linear):
+        def training_step(self, batch: Any) -> Tensor:
+            return self.net(batch[0] if isinstance(batch, (list, tuple)) else batch.x).mean()
+
+    class Opaque:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    x = draws(12).tensors[0]
+    for batch, message in (((x, torch.ones(3)), "cannot halve"), (Opaque(x), "how many examples a batch of type Opaque")):
+        trainer = Trainer(**quiet(max_epochs=1, callbacks=[Noting()]))
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer.fit(Odd(), DataLoader([batch] * 2, batch_size=None))
