@@ -128,7 +128,7 @@ class GradientNoiseScale(Callback):
     With BatchNorm a piece is normalised by its own examples, which the noise scale of the pieces then includes.
 
     Logs ``gradient_noise_scale``, ``gradient_sq_norm`` and ``gradient_variance``, moving averages, every
-    ``log_every_n_steps`` of the Trainer and at the end of an epoch. The first is left out while an average is not above 0: a
+    ``log_every_n_steps`` of the Trainer and at the end of an epoch. The first is NaN while an average is not above 0: a
     single step's estimates scatter around the true values, below 0 too.
 
     Args:
@@ -359,14 +359,16 @@ class GradientNoiseScale(Callback):
             self._variance.add(values.variance)
 
     def _log(self, pl_module: LightningModule, **arguments: Any) -> None:
+        if self.gradient_sq_norm is None or self.gradient_variance is None:
+            return
         values = {
-            "gradient_noise_scale": self.noise_scale,
+            # left out, Lightning would log the one before again
+            "gradient_noise_scale": math.nan if self.noise_scale is None else self.noise_scale,
             "gradient_sq_norm": self.gradient_sq_norm,
             "gradient_variance": self.gradient_variance,
         }
         for name, value in values.items():
-            if value is not None:
-                pl_module.log(name, value, batch_size=1, **arguments)
+            pl_module.log(name, value, batch_size=1, **arguments)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

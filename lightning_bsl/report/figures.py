@@ -56,10 +56,11 @@ def plot_run(rows: list[Row], path: str | Path) -> None:
     figure, axes = _figure(3 if measured else 2, 2, (11, 10.5 if measured else 7))
     (batch, rate), (loss, accuracy), *more = axes
     ends = epoch_ends(rows)
-    batch.step(*curve(rows, "batch_size"), where="pre", color=_BATCH)
+    steps = [row for row in rows if "stage" not in row]  # the row of an advance says what comes next
+    batch.step(*curve(steps, "batch_size"), where="pre", color=_BATCH)
     batch.set_yscale("log", base=2)
     batch.yaxis.set_major_formatter("{x:g}")
-    rate.step(*curve(rows, "lr"), where="pre", color=_RATE)
+    rate.step(*curve(steps, "lr"), where="pre", color=_RATE)
     rate.set_ylim(bottom=0)
     loss.plot(*curve(ends, "train/loss"), color=_TRAIN, marker=".", label="training")
     loss.plot(*curve(rows, "val/loss"), color=_VAL, marker=".", label="validation")

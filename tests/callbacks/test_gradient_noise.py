@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -226,7 +227,7 @@ def test_a_step_that_ran_out_of_memory_half_way_is_counted_once() -> None:
 
         def training_step(self, batch: list[Tensor]) -> Tensor:
             Fails.calls += 1
-            if Fails.calls == 6:  # the second micro-batch of the second step
+            if Fails.calls == 5:  # the second micro-batch of the second step
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().training_step(batch)
 
@@ -391,7 +392,7 @@ def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> 
     assert noted
     for row in noted:
         both = row["gradient_sq_norm"] > 0 and row["gradient_variance"] > 0
-        assert ("gradient_noise_scale" in row) == both
+        assert math.isnan(row["gradient_noise_scale"]) != both
     if source == "accumulated":
         return  # Lightning alone does not resume a shuffled epoch exactly
     again = Noting(every=2, extra_every=3)
@@ -401,7 +402,7 @@ def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> 
     assert 0 < len(again.found) < len(measuring.found)
     assert again.found == measuring.found[-len(again.found) :]
     assert again.state_dict() == measuring.state_dict()
-    assert resumed_rows[-1] == same_rows[-1]
+    assert resumed_rows[-1] == pytest.approx(same_rows[-1], nan_ok=True, rel=0, abs=0)
 
 
 def test_logs_when_the_trainer_does(tmp_path: Path) -> None:
@@ -414,8 +415,9 @@ def test_logs_when_the_trainer_does(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [7, 15, 23, 29]
     assert rows[-1]["gradient_variance"] == pytest.approx(callback.gradient_variance, rel=1e-6)
     assert rows[-1]["gradient_sq_norm"] == pytest.approx(callback.gradient_sq_norm, rel=1e-6)
-    assert rows[-1].get("gradient_noise_scale") == pytest.approx(callback.noise_scale, rel=1e-6)
-    assert not any("gradient_noise_scale" in row for row in rows[:-1] if row["gradient_sq_norm"] <= 0)
+    last = math.nan if callback.noise_scale is None else callback.noise_scale
+    assert rows[-1]["gradient_noise_scale"] == pytest.approx(last, rel=1e-6, nan_ok=True)
+    assert all(math.isnan(row["gradient_noise_scale"]) == (row["gradient_sq_norm"] <= 0) for row in rows)
 
 
 def test_averages_begin_anew_with_a_run() -> None:
