@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, GradientNormTrigger, NoiseScaleTrigger, PlateauTrigger
+from lightning_bsl.data import FashionMNIST
+from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.report import read_metrics
 from lightning_bsl.schedules import LinearScaling
 from tests.callbacks.test_micro_batches import N, Regression, examples
 from tests.helpers import flat, quiet
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Noting(Regression):
@@ -226,3 +230,26 @@ def test_refusals() -> None:
         fit(adaptive(PlateauTrigger("val/los")))
     with pytest.raises(MisconfigurationException, match="BatchSizeDataModule"):
         Trainer(**quiet(callbacks=[adaptive(at_steps(1))])).fit(Noting(), train_dataloaders=[])
+
+
+@pytest.mark.skipif(not DEBIAN.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_on_fashion_mnist(tmp_path: Path) -> None:
+    scheduler = AdaptiveBatchLRScheduler(
+        8, 0.05, GradientNormTrigger(start=3.0, subset=1000), gamma=1.4, maximum=256, check_every=40
+    )
+    logger = CSVLogger(tmp_path, name="", version="")
+    torch.manual_seed(0)
+    trainer = Trainer(**quiet(max_epochs=2, callbacks=[scheduler], logger=logger, limit_val_batches=0))
+    trainer.fit(Classifier(cnn5(width=4), 10), FashionMNIST(DEBIAN, samples_per_epoch=4000))
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert scheduler.stage >= 2
+    advances = [row for row in rows if "stage" in row]
+    assert [row["stage"] for row in advances] == list(range(1, scheduler.stage + 1))
+    assert all((row["step"] + 1) % 40 == 0 and row["samples"] % 4000 for row in advances)  # at a check, inside an epoch
+    for row, segment in zip(advances, scheduler.segments[1:], strict=True):
+        assert (row["samples"], row["batch_size"], row["lr"]) == pytest.approx(segment)
+    checks = [row for row in rows if "threshold" in row]
+    for check in checks:
+        stage = sum(row["step"] < check["step"] for row in advances)
+        assert check["threshold"] == pytest.approx(3.0 * math.sqrt(8 / scheduler.segments[stage].batch_size))
+        assert (check["full_gradient_norm"] <= check["threshold"]) == any(row["step"] == check["step"] for row in advances)
