@@ -345,11 +345,13 @@ class BatchLRScheduler(Callback):
                 self._restore_rng(trainer)
             self._restored_rng = None
         if self._own is not None:
-            examples = self._step_examples()
             if self._part == 0:
-                self._parts = micro_batches(examples, self._rank, self._replicas, self._cap)
-            part = self._parts[self._part]
-            self._weight = (part.stop - part.start) * self._replicas / examples
+                self._parts = micro_batches(self._step_examples(), self._rank, self._replicas, self._cap)
+            if len(self._parts) == self._replicas == 1:
+                self._weight = 1.0
+            else:
+                part = self._parts[self._part]
+                self._weight = (part.stop - part.start) * self._replicas / self._step_examples()
         if self._part == 0:  # all of it where Lightning may validate, and save, inside the step
             state = rng_state if len(self._parts) > 1 else torch_rng_state
             self._step_rng = state(trainer.strategy.root_device)
@@ -369,10 +371,10 @@ class BatchLRScheduler(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
-        if (micro_batch := self.micro_batch) is None:
+        if self._own is None:
             return
         # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
-        weight = micro_batch[1] * trainer.accumulate_grad_batches
+        weight = (self._ceiling.weight if self._ceiling else self._weight) * trainer.accumulate_grad_batches
         if weight != 1:
             loss.register_hook(lambda gradient: gradient * weight)
 
