@@ -245,6 +245,7 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         self.delta, self.gamma, self.maximum, self.max_lr, self.check_every = delta, gamma, maximum, max_lr, check_every
         self.lr = lr
         self._noise: GradientNoiseScale | None = None  # what replaces the noise scale of a scaling rule
+        self._measured: float | None = None
         self.stage = 0
         self.segments = [Segment(0, batch_size, self._lr_of(0, batch_size))]
 
@@ -269,7 +270,7 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
                 )
             self._noise = noise_scale(trainer) if isinstance(self.lr, (SurgeScaling, NoiseScaling)) else None
             if trainer.global_step == 0:
-                self.stage, first = 0, self.segments[0].batch_size
+                self._measured, self.stage, first = None, 0, self.segments[0].batch_size
                 self.segments = [Segment(0, first, self._lr_of(0, first))]
             self._set_schedule()
         super().setup(trainer, pl_module, stage)
@@ -301,13 +302,18 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         """The stages so far, and the trigger's state."""
         trigger = self.trigger.state_dict() if hasattr(self.trigger, "state_dict") else None
         segments = [list(segment) for segment in self.segments]
-        return super().state_dict() | {"stage": self.stage, "segments": segments, "trigger": trigger}
+        return super().state_dict() | {
+            "stage": self.stage,
+            "segments": segments,
+            "measured": self._measured,
+            "trigger": trigger,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         if not self._fitting:
             return
-        self.stage = state_dict["stage"]
+        self.stage, self._measured = state_dict["stage"], state_dict["measured"]
         self.segments = [Segment(*segment) for segment in state_dict["segments"]]
         self._set_schedule()
         if hasattr(self.trigger, "load_state_dict"):
@@ -347,8 +353,9 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
             return None
         if not isinstance(self.lr, ScalingRule):
             return min(self.lr * self.gamma**stage, self.max_lr or math.inf)
-        measured = self._noise.noise_scale if self._noise is not None else None
-        rule = self.lr if measured is None else replace(cast(SurgeScaling, self.lr), noise_batch_size=measured)
+        if self._noise is not None and self._noise.noise_scale is not None:
+            self._measured = self._noise.noise_scale  # the last one stays where the average is lost in noise
+        rule = self.lr if self._measured is None else replace(cast(SurgeScaling, self.lr), noise_batch_size=self._measured)
         return min(rule(batch_size), self.max_lr or math.inf)
 
     def _set_schedule(self) -> None:

@@ -15,11 +15,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, GradientNormTrigger, NoiseScaleTrigger, PlateauTrigger
+from lightning_bsl.callbacks import (
+    AdaptiveBatchLRScheduler,
+    GradientNoiseScale,
+    GradientNormTrigger,
+    NoiseScaleTrigger,
+    PlateauTrigger,
+)
 from lightning_bsl.data import FashionMNIST
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.report import read_metrics
-from lightning_bsl.schedules import LinearScaling
+from lightning_bsl.schedules import LinearScaling, SurgeScaling
 from tests.callbacks.test_micro_batches import N, Regression, examples
 from tests.helpers import flat, quiet
 
@@ -253,3 +259,23 @@ def test_on_fashion_mnist(tmp_path: Path) -> None:
         stage = sum(row["step"] < check["step"] for row in advances)
         assert check["threshold"] == pytest.approx(3.0 * math.sqrt(8 / scheduler.segments[stage].batch_size))
         assert (check["full_gradient_norm"] <= check["threshold"]) == any(row["step"] == check["step"] for row in advances)
+
+
+def test_the_surge_law_of_the_measured_noise_scale() -> None:
+    class Known(GradientNoiseScale):
+        noise_scale = property(lambda self: self.known)  # type: ignore[assignment]
+        known: float | None = None
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            step = trainer.global_step
+            self.known = 10.0 * (1 + step // 8) if 4 <= step < 16 else None
+
+    rule = SurgeScaling(0.1, noise_batch_size=32)
+    scheduler = adaptive(NoiseScaleTrigger(), lr=rule, check_every=4)
+    model = fit(scheduler, callbacks=[Known(extra_every=None)])
+    assert model.rates[:8] == pytest.approx([rule(4)] * 8)  # nothing measured yet at the first check
+    assert [segment.batch_size for segment in scheduler.segments[:3]] == [4, 8, 16]
+    for segment, noise in zip(scheduler.segments[1:3], (10.0, 20.0)):  # at steps 8 and 12
+        assert segment.lr == pytest.approx(SurgeScaling(0.1, noise)(segment.batch_size))
+    assert scheduler.segments[-1].lr == pytest.approx(SurgeScaling(0.1, 20.0)(scheduler.batch_size))  # the last known
+    assert set(model.rates) == {segment.lr for segment in scheduler.segments}
