@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from lightning_bsl.callbacks import FullGradientNorm
+from lightning_bsl.callbacks import FullGradientNorm, GradientNoiseScale
 from lightning_bsl.data import CIFAR10, ImageTensors
 from lightning_bsl.models import Classifier
 from lightning_bsl.report import read_metrics
@@ -48,10 +48,11 @@ class Model(LightningModule):
     def loss(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((batch["a"] if isinstance(batch, dict) else batch)[2].tolist())
+
     def training_step(self, batch: list[Tensor]) -> Any:
         self.steps += 1
-        if self.training:
-            self.seen.append(batch[2].tolist())
         loss = self.loss(batch)
         self.mean.update(loss)
         self.log("train/mean", self.mean, on_step=False, on_epoch=True)
@@ -127,15 +128,18 @@ def test_training_does_not_notice(measure: Any, workers: int, tmp_path: Path) ->
         state = {"weights": model.state_dict(), "optimizer": model.trainer.optimizers[0].state_dict(), "rng": torch.rand(4)}
         return model, state, read_metrics(tmp_path / name / "metrics.csv")
 
+    def both() -> tuple[Any, ...]:
+        return FullGradientNorm(**measure), GradientNoiseScale(extra_every=3)
+
     model, state, rows = go("without")
-    measured, measured_state, measured_rows = go("with", FullGradientNorm(**measure))
-    resumed, resumed_state, _ = go("resumed", FullGradientNorm(**measure), path=tmp_path / "with" / "step=13.ckpt")
+    measured, measured_state, measured_rows = go("with", *both())
+    resumed, resumed_state, _ = go("resumed", *both(), path=tmp_path / "with" / "step=13.ckpt")
     for other in (measured_state, resumed_state):
         torch.testing.assert_close(other, state, rtol=0, atol=0)
     assert measured.seen == model.seen
     assert resumed.seen == model.seen[13:]
     assert measured.steps == model.steps
-    ours = {"full_gradient_norm", "full_loss"}
+    ours = {"full_gradient_norm", "full_loss", "gradient_noise_scale", "gradient_sq_norm", "gradient_variance"}
     kept = [{k: v for k, v in row.items() if k not in ours} for row in measured_rows]
     assert [row for row in kept if row.keys() - {"epoch", "step"}] == rows
     assert all(each.training for each in measured.modules())
