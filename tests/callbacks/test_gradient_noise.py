@@ -452,6 +452,7 @@ def test_a_half_that_does_not_fit_is_left_out() -> None:
         assert not len(measured(model=Full(), steps=3))
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 can run what is compiled eagerly")
 def test_a_compiled_model_is_not_compiled_for_the_halves() -> None:
     class Deeper(Linear):
         def __init__(self) -> None:
