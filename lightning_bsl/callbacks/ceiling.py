@@ -98,9 +98,7 @@ class MemoryCeiling:
                     loss = part_loss if loss is None else loss + part_loss
             return True, loss
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1 and not trial:
+            if not is_out_of_memory(error) or (size == 1 and not trial):
                 raise
             if before is None and not trial:
                 raise torch.OutOfMemoryError(

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
@@ -22,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.ceiling import cut, is_out_of_memory
 from lightning_bsl.callbacks.gradient_norm import training_loss, undisturbed
+from lightning_bsl.callbacks.refusals import refuse_sharded
 
 
 class Estimate(NamedTuple):
@@ -189,11 +189,7 @@ class GradientNoiseScale(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured."""
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            raise MisconfigurationException(
-                f"GradientNoiseScale needs whole gradients, which {type(trainer.strategy).__name__} does not keep; use "
-                "`strategy='ddp'`, or leave it out"
-            )
+        refuse_sharded(trainer, self, "gradients")
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "with manual optimization GradientNoiseScale cannot see which backward passes make up a step; leave it out"

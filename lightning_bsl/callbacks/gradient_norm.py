@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from lightning_bsl.callbacks.ceiling import cut, is_out_of_memory
 from lightning_bsl.callbacks.loop import to_device
+from lightning_bsl.callbacks.refusals import refuse_sharded
 from lightning_bsl.callbacks.state import StepState
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.sampler import epoch_generator, share_of
@@ -86,11 +86,7 @@ class FullGradientNorm(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured."""
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            raise MisconfigurationException(
-                f"FullGradientNorm needs whole parameters, which {type(trainer.strategy).__name__} does not keep; use "
-                "`strategy='ddp'`, or leave it out"
-            )
+        refuse_sharded(trainer, self, "parameters")
         if not pl_module.automatic_optimization and not hasattr(pl_module, "full_loss"):
             raise MisconfigurationException(
                 "with manual optimization `training_step` takes optimizer steps, so FullGradientNorm cannot call it: give "

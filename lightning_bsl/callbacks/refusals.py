@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -155,6 +155,24 @@ def check_beside_scheduler(trainer: Trainer, schedule: JointSchedule) -> None:
             f"`configure_optimizers` returns a learning-rate scheduler ({names}) and BatchLRScheduler has "
             f"`lr={schedule.lr}`: both would set the learning rate. Return the optimizer alone, or write `lr=None` to leave "
             "the learning rate to the module, or a scaling rule, such as `lr=SqrtScaling(...)`, to multiply it"
+        )
+
+
+def refuse_sharded(trainer: Trainer, callback: Callback, needs: str) -> None:
+    """Refuse strategies of which no process holds the whole model.
+
+    Args:
+        trainer: The Trainer.
+        callback: Who cannot work with them.
+        needs: What it needs whole.
+
+    Raises:
+        MisconfigurationException: The strategy is one of these.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} needs whole {needs}, which {type(trainer.strategy).__name__} does not keep; use "
+            "`strategy='ddp'`, or leave it out"
         )
 
 
