@@ -205,13 +205,15 @@ def files_listed(printed: str) -> list[str]:
 @pytest.mark.parametrize("overrides, files", [
     ((), [".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints"]),
     (("logger=none",), [".hydra", "plan.csv", "checkpoints"]),
-    (("~logger", "~callbacks", "+trainer.fast_dev_run=true"), [".hydra", "checkpoints"]),
+    (("~logger", "~callbacks", "+trainer.fast_dev_run=true"), [".hydra"]),
 ])  # fmt: skip
 def test_lists_the_files_that_there_are(overrides: tuple[str, ...], files: list[str], run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     printed = run("train.py", *overrides, "trainer.max_epochs=1", "trainer.enable_progress_bar=false", folder=folder)
-    assert files_listed(printed) == files
-    assert {path.name for path in folder.iterdir()} - {"train.log"} == set(files)
+    written = {path.name for path in folder.iterdir()} - {"train.log"}
+    assert files_listed(printed) == [file for file in files if file in written] + sorted(written - set(files))
+    # newer Lightnings save last.ckpt in a fast_dev_run too
+    assert set(files) <= written and written - set(files) <= {"checkpoints"}
     assert ("val acc" in printed) == ("metrics.csv" in files)
 
 
