@@ -25,8 +25,8 @@ class Trigger(Protocol):
     """Says at each check whether to advance a stage: any function of these arguments.
 
     All processes call it; growth needs the consent of all. If it has ``on_train_start(trainer, pl_module)``,
-    ``on_validation_end(trainer, pl_module)``, ``state_dict()`` or ``load_state_dict(state)``, these are called as those of a
-    callback are.
+    ``on_validation_end(trainer, pl_module)``, ``teardown(trainer, pl_module, stage)``, ``state_dict()`` or
+    ``load_state_dict(state)``, these are called as those of a callback are.
     """
 
     def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
@@ -81,6 +81,10 @@ class GradientNormTrigger:
         """Look at the training set."""
         self.measurement.on_fit_start(trainer, pl_module)
         self.measurement.on_train_start(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the measurement's workers."""
+        self.measurement.teardown(trainer, pl_module, stage)
 
     def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
         """Measure, and compare."""
@@ -280,6 +284,12 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         super().on_train_start(trainer, pl_module)
         if hasattr(self.trigger, "on_train_start"):
             self.trigger.on_train_start(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer and the DataModule as they were."""
+        super().teardown(trainer, pl_module, stage)
+        if hasattr(self.trigger, "teardown"):
+            self.trigger.teardown(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the trigger."""

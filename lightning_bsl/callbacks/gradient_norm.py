@@ -115,6 +115,14 @@ class FullGradientNorm(Callback):
         if self.unit == "epoch" and (trainer.current_epoch + 1) % self.every == 0:
             self._log(pl_module, self.measure(trainer, pl_module), logger=True)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the loader's workers: left to the garbage collector, each of them takes five seconds."""
+        self._loader = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at the end of a fit: Lightning does not call ``teardown`` then."""
+        self.teardown(trainer, pl_module, "fit")
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> FullGradient:
         """Measure now; every process has to.
 

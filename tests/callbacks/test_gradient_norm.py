@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, BatchSizeDataModule, GradientNormTrigger
 from lightning_bsl.callbacks import FullGradientNorm, GradientNoiseScale
 from lightning_bsl.data import CIFAR10, ImageTensors
 from lightning_bsl.models import Classifier
@@ -270,3 +272,20 @@ def test_refusals() -> None:
     trainer = Trainer(**quiet(max_epochs=1, callbacks=[FullGradientNorm()]))
     with pytest.raises(MisconfigurationException, match="a data set that has a length"):
         trainer.fit(Model(), DataLoader(Stream(), batch_size=4))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_its_workers_end_with_the_fit(fails: bool) -> None:
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if fails:
+                raise RuntimeError("stop")
+
+    before = set(active_children())
+    model, norm, trigger = Model(), FullGradientNorm(), GradientNormTrigger(start=1e-9)
+    scheduler = AdaptiveBatchLRScheduler(16, 0.01, trigger=trigger, maximum=64, check_every=2)
+    trainer = Trainer(**quiet(max_epochs=1, callbacks=[scheduler, norm, Stop()]))
+    with pytest.raises(RuntimeError, match="stop") if fails else nullcontext():
+        trainer.fit(model, datamodule=data(num_workers=1))
+    assert norm._loader is None and trigger.measurement._loader is None
+    assert fails or set(active_children()) == before  # Lightning leaves the training loader's to the collector
