@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler, plan_fit
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.schedules import Plan
+from lightning_bsl.theory import BoundConstants
 
 OmegaConf.register_new_resolver("mul", lambda x, y: x * y, replace=True)  # conf/ derives a rate from another with it
 
@@ -43,6 +44,23 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
     )
 
 
+def make_constants(cfg: DictConfig) -> BoundConstants | None:
+    """What the bound of P1 must know of the problem; ``None`` where that is not given.
+
+    Args:
+        cfg: The composed configuration; ``constants`` gives them.
+
+    Raises:
+        ValueError: Some of them are given and others are not, or one is out of its range.
+    """
+    given = cfg.get("constants")
+    if not given or all(value is None for name, value in given.items() if name != "_target_"):
+        return None
+    if missing := [name for name, value in given.items() if value is None]:
+        raise ValueError(f"the bound needs all of `constants`; give {', '.join(f'constants.{name}' for name in missing)} too")
+    return cast(BoundConstants, instantiate(given))
+
+
 def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
     """The Trainer of the run, with its loggers and callbacks."""
     # known and meant: the run's folder holds more than metrics, and late stages have few, large batches
@@ -50,6 +68,7 @@ def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own
     warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck")
+    warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no `validation_step`")
     # `~callbacks` and `~logger` leave no such node
     callbacks = [scheduler, instantiate(cfg.checkpoint), *instantiate(cfg.get("callbacks") or {}).values()]
     loggers = list(instantiate(cfg.get("logger") or {}).values())

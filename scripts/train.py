@@ -11,8 +11,8 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
 from lightning_bsl import AdaptiveBatchLRScheduler
-from lightning_bsl.experiment import make_plan, make_trainer
-from lightning_bsl.report import console, plan_table, plot_run, read_metrics, run_table
+from lightning_bsl.experiment import make_constants, make_plan, make_trainer
+from lightning_bsl.report import bound_line, bounds_along, console, plan_table, plot_run, read_metrics, run_table
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -21,6 +21,7 @@ def main(cfg: DictConfig) -> float | None:
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     scheduler = instantiate(cfg.scheduler)
+    constants = make_constants(cfg)
     model = instantiate(cfg.model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_bsl")  # the scheduler plans the fit again, and warns then
@@ -38,8 +39,11 @@ def main(cfg: DictConfig) -> float | None:
             rows = read_metrics(folder / "metrics.csv")
             if plan is not None:
                 out.print(run_table(plan, rows))
+            bounds = bounds_along(plan, constants) if plan is not None and constants is not None else []
+            if line := bound_line(rows, bounds):
+                out.print(line, soft_wrap=True)
             try:
-                plot_run(rows, folder / "curves.png")
+                plot_run(rows, folder / "curves.png", bounds)
             except ModuleNotFoundError as error:
                 out.print(f"no curves.png: {error}")
         files = (".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from lightning_bsl.experiment import make_plan, make_trainer
+from lightning_bsl.experiment import make_constants, make_plan, make_trainer
+from lightning_bsl.theory import BoundConstants
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = sorted(
@@ -129,12 +131,31 @@ def test_optimal_growth_has_its_factor_and_takes_another() -> None:
     assert compose_config("scheduler=optimal_growth", "scheduler.lr.factor=1.3").scheduler.lr.factor == 1.3
 
 
-@pytest.mark.parametrize("data", choices("data"))
+@pytest.mark.parametrize("data", [data for data in choices("data") if data not in ("quadratic", "logistic")])
 def test_every_data_set_takes_the_common_overrides(data: str) -> None:
     cfg = compose_config(f"data={data}", "data.root=DIR", "data.download=true", "data.samples_per_epoch=600", "seed=3")
     datamodule = instantiate(cfg.data)
     assert (str(datamodule.root), datamodule.download, datamodule.num_epoch_examples, datamodule.seed) == ("DIR", True, 600, 3)
     assert "batch_size" not in cfg.data  # the scheduler's business
+
+
+def test_the_bound_needs_all_constants_or_none() -> None:
+    assert make_constants(compose_config("data=cifar10")) is None
+    given = [f"constants.{name}=2" for name in ("smoothness", "gradient_variance", "loss_gap")]
+    assert make_constants(compose_config("data=cifar10", *given)) == BoundConstants(2, 2, 2)
+    with pytest.raises(ValueError, match=r"constants\.loss_gap too"):
+        make_constants(compose_config("data=cifar10", *given[:2]))
+    with pytest.raises(InstantiationException, match="smoothness=-1"):
+        make_constants(compose_config("data=cifar10", *given[1:], "constants.smoothness=-1"))
+
+
+def test_problems_bring_their_model_and_constants() -> None:
+    cfg = compose_config("data=quadratic", "model.smoothness=4", "data.gradient_variance=3", "model.loss_gap=2")
+    assert make_constants(cfg) == BoundConstants(4, 3, 2)
+    constants = make_constants(compose_config("data=logistic", "data.num_examples=200"))
+    assert constants is not None
+    assert 0 < constants.loss_gap < math.log(2)
+    assert compose_config("data=quadratic", "model=logistic").model._target_.endswith("LogisticRegression")
 
 
 @pytest.mark.parametrize("overrides", [("logger=none",), ("~logger", "~callbacks")])

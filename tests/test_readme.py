@@ -65,6 +65,10 @@ def test_commands_compose(command: str) -> None:
     if "-m" in arguments:
         names = [override.partition("=") for override in overrides]
         sweeps = [[f"{name}={value}" for value in values.split(",")] for name, _, values in names]
+    if "--compare" in arguments:
+        names = arguments[arguments.index("--compare") + 1]
+        overrides.remove(names)
+        sweeps = [*([override] for override in overrides), [f"scheduler={name}" for name in names.split(",")]]
     for run in itertools.product(*sweeps):
         cfg = compose_config(*run)
         instantiate(cfg.scheduler), instantiate(cfg.data)

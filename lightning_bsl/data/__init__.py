@@ -3,6 +3,7 @@
 from lightning_bsl.data.datamodule import BatchSizeDataModule
 from lightning_bsl.data.digits import Digits
 from lightning_bsl.data.image import CIFAR10, CIFAR100, FashionMNIST, ImageDataModule, ImageTensors, TinyImageNet
+from lightning_bsl.data.problems import LogisticData, QuadraticNoise, logistic_constants
 from lightning_bsl.data.sampler import GlobalBatchSampler
 
 __all__ = [
@@ -14,5 +15,8 @@ __all__ = [
     "GlobalBatchSampler",
     "ImageDataModule",
     "ImageTensors",
+    "LogisticData",
+    "QuadraticNoise",
     "TinyImageNet",
+    "logistic_constants",
 ]

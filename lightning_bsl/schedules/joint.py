@@ -23,6 +23,32 @@ class BatchLR(NamedTuple):
     lr: float | None
 
 
+def sfo_exponent(delta: float, gamma: float) -> float:
+    """The exponent p in SFO ~ eps^-p, the samples that growth takes to a gradient norm eps (derived here from P1's bound).
+
+    It is smallest, 4, at gamma = sqrt(delta), there with a logarithmic factor: the optimal growth of P2.
+
+    Args:
+        delta: Growth of the batch size per stage, above 1. A stage is a number of steps.
+        gamma: Growth of the learning rate per stage, above 1.
+
+    Returns:
+        ``inf`` for ``gamma >= delta``, where the noise does not vanish.
+
+    Raises:
+        ValueError: ``delta`` or ``gamma`` not above 1.
+
+    Example:
+        >>> sfo_exponent(2, 1.2) > sfo_exponent(2, 1.3) > sfo_exponent(4, 2)
+        True
+    """
+    if not (delta > 1 and gamma > 1):
+        raise ValueError(f"growth needs factors above 1, but `delta={delta}`, `gamma={gamma}`")
+    if gamma >= delta:
+        return math.inf
+    return 2 * math.log(delta) / min(math.log(gamma), math.log(delta / gamma))
+
+
 @dataclass(frozen=True)
 class JointSchedule:
     """A batch size and a learning rate for every moment of a run.
@@ -89,7 +115,7 @@ class JointSchedule:
 
     def warn_of(self) -> str | None:
         """What theory says against this growth, or ``None``: gamma^2 >= delta (P1, P2)."""
-        growth = self._growth()
+        growth = self.growth()
         if growth is None:
             return None
         delta, gamma = growth
@@ -101,8 +127,7 @@ class JointSchedule:
                 f"samples ~ eps^-4 times a logarithm, which is the best exponent there is. {remedy} for P1's bound to hold."
             )
         if gamma**2 > delta:
-            ratio = math.log(delta) / math.log(gamma)
-            exponent = 2 * ratio / (ratio - 1) if ratio > 1 else math.inf
+            exponent = sfo_exponent(delta, gamma)
             samples = f"samples ~ eps^-{exponent:.3g}" if math.isfinite(exponent) else "any number of samples, it may never do"
             return (
                 f"{what}: gamma^2 = {gamma**2:.6g} is above delta, so the gradient noise outgrows the batch (P1 asks for "
@@ -110,7 +135,7 @@ class JointSchedule:
             )
         return None
 
-    def _growth(self) -> tuple[float, float] | None:
+    def growth(self) -> tuple[float, float] | None:
         """(delta, gamma) per stage of the batch size where both grow geometrically."""
         batch, lr = self.batch_size, self.lr
         if not (isinstance(batch, Exponential) and batch.factor > 1):

@@ -7,7 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +54,25 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Steps of one epoch with the same batch size, and the same learning rate unless ``every_step``.
+
+    Args:
+        start: The clock before the first step.
+        steps: Optimizer steps.
+        examples: Examples of all of them; fewer than ``steps * batch_size`` where the last is the epoch's short one.
+        batch_size: Examples of one optimizer step.
+        every_step: Whether the learning rate changes at every step.
+    """
+
+    start: Progress
+    steps: int
+    examples: int
+    batch_size: int
+    every_step: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """The stages of a run.
 
@@ -61,11 +80,15 @@ class Plan:
         stages: One after another.
         num_examples: Examples of one epoch.
         horizon: The run's length in each unit.
+        schedule: What was planned.
+        runs: Of each stage its runs of equal steps, epoch by epoch.
     """
 
     stages: tuple[Stage, ...]
     num_examples: int
     horizon: Horizon
+    schedule: JointSchedule = field(repr=False)
+    runs: tuple[tuple[Run, ...], ...] = field(repr=False, compare=False)
 
     @property
     def epochs(self) -> float:
@@ -90,23 +113,12 @@ class Plan:
             writer.writerows(asdict(stage) for stage in self.stages)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Steps of one epoch with the same batch size, and the same learning rate unless ``every_step``."""
-
-    start: Progress
-    steps: int
-    examples: int
-    batch_size: int
-    every_step: bool
-
-
 # For an epoch whose batch size is asked once, at its start: a batch size to the epoch's optimizer steps and examples.
 EpochLength = Callable[[int], tuple[int, int]]
-_Cutter = Callable[[JointSchedule, Progress], list[_Run]]
+_Cutter = Callable[[JointSchedule, Progress], list[Run]]
 
 
-def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batches: float = 1.0) -> list[_Run]:
+def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batches: float = 1.0) -> list[Run]:
     """One epoch of ``num_examples`` examples from ``start``, in runs of equal steps.
 
     Args:
@@ -118,7 +130,7 @@ def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batc
     Raises:
         ValueError: A batch size above ``num_examples``, or an error of the schedule.
     """
-    found: list[_Run] = []
+    found: list[Run] = []
     left, progress = num_examples, start
     while left:
         batch_size = size_at(schedule, progress, num_examples, found[-1].batch_size if found else None)
@@ -128,7 +140,7 @@ def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batc
             more = int(min(schedule.batch_steps_to_change(clock, batch_size), most - steps))
             steps, clock = steps + more, clock.advance(more * batch_size, more)
         examples = min(steps * batch_size, left)
-        found.append(_Run(progress, steps, examples, batch_size, every_step))
+        found.append(Run(progress, steps, examples, batch_size, every_step))
         progress, left = progress.advance(examples, steps), left - examples
     total = sum(run.steps for run in found)
     kept = min(total, limit_batches) if isinstance(limit_batches, int) else int(total * limit_batches)
@@ -137,11 +149,11 @@ def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batc
     return _cut(found, kept)
 
 
-def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: int, length: EpochLength) -> list[_Run]:
+def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: int, length: EpochLength) -> list[Run]:
     """One epoch whose batch size is asked once, in runs of equal learning rate."""
     batch_size = schedule.batch_size_at(start)
     check_fits(batch_size, num_examples, start)
-    found: list[_Run] = []
+    found: list[Run] = []
     (left, examples), progress = length(batch_size), start
     if not left:
         raise ValueError(
@@ -151,7 +163,7 @@ def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: in
         until, every_step = schedule.lr_steps_to_change(progress, batch_size)
         steps = int(min(until, left))
         taken = min(steps * batch_size, examples)
-        found.append(_Run(progress, steps, taken, batch_size, every_step))
+        found.append(Run(progress, steps, taken, batch_size, every_step))
         progress, left, examples = progress.advance(taken, steps), left - steps, examples - taken
     return found
 
@@ -188,7 +200,7 @@ def check_fits(batch_size: int, num_examples: int, progress: Progress) -> None:
         )
 
 
-def _cut(found: list[_Run], steps: int) -> list[_Run]:
+def _cut(found: list[Run], steps: int) -> list[Run]:
     """The first ``steps`` steps."""
     kept = []
     for run in found:
@@ -249,21 +261,23 @@ def plan(
             samples = epochs * num_examples
     horizon = Horizon(epochs, steps, samples)
     # the length in the other units follows from the batch sizes alone, so it is known before the rates are asked
-    lengths = _walk(JointSchedule(schedule.batch_size), cut, horizon, horizon)
+    lengths, _ = _walk(JointSchedule(schedule.batch_size), cut, horizon, horizon)
     full = Horizon(
         epochs if epochs is not None else math.ceil(round(sum(stage.epochs for stage in lengths), 6)),
         steps if steps is not None else sum(stage.steps for stage in lengths),
         samples if samples is not None else sum(stage.samples for stage in lengths),
     )
-    stages = _walk(schedule, cut, full, horizon)
+    stages, found = _walk(schedule, cut, full, horizon)
     for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages))):
         warnings.warn(message, stacklevel=2)
     rounded = (replace(s, epochs=round(s.epochs, 6), first_epoch=round(s.first_epoch, 6)) for s in stages)
-    return Plan(tuple(rounded), num_examples, full)
+    return Plan(tuple(rounded), num_examples, full, schedule, tuple(map(tuple, found)))
 
 
-def _walk(schedule: JointSchedule, cut: _Cutter, horizon: Horizon, end: Horizon) -> list[Stage]:
+def _walk(schedule: JointSchedule, cut: _Cutter, horizon: Horizon, end: Horizon) -> tuple[list[Stage], list[list[Run]]]:
+    """The stages, and the runs of each."""
     stages: list[Stage] = []
+    found: list[list[Run]] = []
     previous_varies = False
     for run, first_epoch, share in _until(schedule, cut, Progress(horizon=horizon), end):
         lr, last_lr, varies = _rates(schedule, run)
@@ -271,13 +285,15 @@ def _walk(schedule: JointSchedule, cut: _Cutter, horizon: Horizon, end: Horizon)
         previous = stages[-1] if stages else None
         if previous and previous.batch_size == run.batch_size and varies == previous_varies and (varies or previous.lr == lr):
             stages[-1] = previous.join(stage)
+            found[-1].append(run)
         else:
             stages.append(stage)
+            found.append([run])
         previous_varies = varies
-    return stages
+    return stages, found
 
 
-def _until(schedule: JointSchedule, cut: _Cutter, progress: Progress, end: Horizon) -> Iterator[tuple[_Run, float, float]]:
+def _until(schedule: JointSchedule, cut: _Cutter, progress: Progress, end: Horizon) -> Iterator[tuple[Run, float, float]]:
     """The runs of every epoch up to ``end``, each with its start and its length in epochs."""
     while not end.ends_before(progress):
         epoch = cut(schedule, progress)
@@ -298,7 +314,7 @@ def _until(schedule: JointSchedule, cut: _Cutter, progress: Progress, end: Horiz
         progress = progress.next_epoch()
 
 
-def _rates(schedule: JointSchedule, run: _Run) -> tuple[float | None, float | None, bool]:
+def _rates(schedule: JointSchedule, run: Run) -> tuple[float | None, float | None, bool]:
     """The learning rate of the first and the last step of a run, and whether it changes in between."""
     last = run.steps - 1
 

@@ -235,3 +235,34 @@ def test_benchmark_ends_with_its_ratios(subject: str, bounds: int) -> None:
     lines = [bool(re.fullmatch(form, line)) for line in printed.splitlines()]
     assert lines[-bounds:] == [True] * bounds
     assert not any(lines[:-bounds])
+
+
+def test_plan_says_what_theory_says(run: Run, tmp_path: Path) -> None:
+    printed = run("plan.py", "data=quadratic", "scheduler.lr.factor=1.9", "trainer.max_epochs=20", folder=tmp_path / "out")
+    for said in ("B_T", "V_T", "bound", "gamma^2 >= delta", "rate >= 2/L", "P1 (iii)"):
+        assert said in printed, said
+    without = run("plan.py", "data=cifar100", "trainer.max_epochs=300", folder=tmp_path / "other")
+    assert "B_T stalls" in without
+    assert "bound" not in without
+
+
+def test_plans_side_by_side(run: Run, tmp_path: Path) -> None:
+    names = ["constant_decaying", "increasing_both", "surge"]
+    given = ["trainer.max_epochs=30", "data=cifar100", "optimizer.lr=0.2", "scheduler=constant"]
+    printed = run("plan.py", *given, f"--compare={','.join(names)}", folder=tmp_path / "out")
+    for name, steps, peak in zip(names, ("11,730", "37,476", "37,476"), ("0.2", "1.001", "0.2")):
+        (line,) = [line for line in printed.splitlines() if f" {name} " in line]
+        assert steps in line
+        assert peak in line
+    assert "1,500,000 samples each" in printed
+    assert (tmp_path / "out" / "plans.png").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--compare=increasing_both,nonsense",), "nonsense"),
+    (("--compare=",), "--compare needs schedulers"),
+    (("--compare=increasing_both,adaptive",), "a scheduler that measures before it decides"),
+    (("--compare=constant,increasing_both", "trainer.max_steps=50"), "equal samples"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
+    assert message in run("plan.py", *arguments, folder=tmp_path / "out", fails=True)
