@@ -17,7 +17,10 @@ from lightning_bsl.report import bound_line, bounds_along, console, plan_table, 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Train as configured; returns the last validation accuracy, for sweepers to maximise."""
+    """Train as configured; returns the last value of `dataset.metric`, for sweepers.
+
+    That is the validation accuracy, to be maximised, or the validation perplexity of a language model, to be minimised.
+    """
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     scheduler = instantiate(cfg.scheduler)
@@ -48,8 +51,8 @@ def main(cfg: DictConfig) -> float | None:
                 out.print(f"no curves.png: {error}")
         files = (".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints")
         out.print(f"{folder}: {', '.join(file for file in files if (folder / file).exists())}", soft_wrap=True)
-    accuracy = trainer.callback_metrics.get("val/accuracy")
-    return None if accuracy is None else float(accuracy)
+    value = trainer.callback_metrics.get(cfg.dataset.metric)
+    return None if value is None else float(value)
 
 
 if __name__ == "__main__":

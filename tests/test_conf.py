@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -30,6 +31,10 @@ def choices(group: str) -> list[str]:
     return [choice for of, choice in CHOICES if of == group]
 
 
+# how many sequences there are is known when the text is read; a language model has the vocabulary of some text
+NEEDED = dict.fromkeys(("eli5", "text", "pydoc", "surge_distilgpt2"), ("data.samples_per_epoch=5000",)) | dict.fromkeys(
+    ("distilgpt2", "gpt_tiny"), ("data=pydoc", "data.samples_per_epoch=5000")
+)
 PLANNED = [choice for choice in choices("scheduler") if "adaptive" not in choice]  # the others decide while they train
 
 
@@ -44,18 +49,19 @@ def compose_config(*overrides: str) -> DictConfig:
 def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_path: Path) -> None:
     if choice == "wandb":
         pytest.importorskip("wandb")
-    cfg = compose_config(f"{group}={choice}", f"hydra.runtime.output_dir={tmp_path}")
+    cfg = compose_config(f"{group}={choice}", f"hydra.runtime.output_dir={tmp_path}", *NEEDED.get(choice, ()))
     scheduler = instantiate(cfg.scheduler)
     assert isinstance(scheduler, BatchLRScheduler)
     datamodule = instantiate(cfg.data)
     assert isinstance(datamodule, BatchSizeDataModule)
-    assert isinstance(instantiate(cfg.model), LightningModule)
+    with torch.device("meta"):  # no time for 82M random numbers
+        assert isinstance(instantiate(cfg.model), LightningModule)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gamma.*")  # linear and square-root scaling stand at or above the limit
         plan = make_plan(cfg, scheduler, datamodule)
     if group != "scheduler" or choice in PLANNED:
         assert plan is not None
-        assert plan.samples == cfg.trainer.max_epochs * datamodule.num_train_examples
+        assert plan.samples == cfg.trainer.max_epochs * datamodule.num_epoch_examples
     else:
         assert plan is None
     try:
@@ -156,6 +162,34 @@ def test_problems_bring_their_model_and_constants() -> None:
     assert constants is not None
     assert 0 < constants.loss_gap < math.log(2)
     assert compose_config("data=quadratic", "model=logistic").model._target_.endswith("LogisticRegression")
+
+
+@pytest.mark.parametrize("overrides, optimizer, lr", [
+    ((), "AdamW", 0.001),
+    (("optimizer=adam", "optimizer.betas=[0.0,0.0]"), "Adam", 0.001),
+    (("optimizer=sgd",), "SGD", 0.1),
+    (("optimizer.lr=0.1",), "AdamW", 0.1),
+])  # fmt: skip
+@pytest.mark.parametrize("model", [["data=pydoc"], ["data=pydoc", "model=gpt_tiny"], ["model=gpt_tiny", "data=pydoc"]])
+def test_a_language_model_brings_its_optimizer_unless_told(
+    overrides: tuple[str, ...], optimizer: str, lr: float, model: list[str]
+) -> None:
+    made = instantiate(compose_config(*model, *overrides).model).configure_optimizers()
+    assert (type(made).__name__, made.defaults["lr"]) == (optimizer, lr)
+    if "Adam" in optimizer:
+        assert tuple(made.defaults["betas"]) == ((0.0, 0.0) if overrides[1:] else (0.9, 0.999))
+
+
+def test_the_language_workload_of_p4() -> None:
+    cfg = compose_config("experiment=surge_distilgpt2", "data.samples_per_epoch=20000")
+    datamodule, scheduler = instantiate(cfg.data), instantiate(cfg.scheduler)
+    assert (datamodule.block_size, datamodule.vocab_size, cfg.optimizer._target_) == (128, 50257, "torch.optim.Adam")
+    plan = make_plan(cfg, scheduler, datamodule)
+    assert plan is not None
+    assert (plan.epochs, [stage.batch_size for stage in plan.stages]) == (1, [4, 8, 16, 32, 64, 128])
+    assert max(stage.lr or 0 for stage in plan.stages) == cfg.optimizer.lr  # at the noise scale, 64
+    sign = compose_config("experiment=surge_distilgpt2", "model=gpt_tiny", "data=pydoc", "optimizer.betas=[0.0,0.0]")
+    assert instantiate(sign.model).configure_optimizers().defaults["betas"][1] == 0
 
 
 @pytest.mark.parametrize("overrides", [("logger=none",), ("~logger", "~callbacks")])

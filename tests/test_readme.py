@@ -49,6 +49,7 @@ def test_tables_name_every_choice() -> None:
         "trainer",
         "logger",
         "callbacks",
+        "experiment",
     ):
         (row,) = re.findall(rf"^\| `{group}` \|(.*)$", README, flags=re.M)
         choices = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if not file.stem.startswith("_")}

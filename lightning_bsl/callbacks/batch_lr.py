@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -46,7 +46,6 @@ from lightning_bsl.data.sampler import GlobalBatchSampler, micro_batches
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Plan, Progress, ScalingRule, plan
 from lightning_bsl.schedules.functions import Function, Schedule
 from lightning_bsl.schedules.plan import EpochLength, check_fits
-from lightning_bsl.schedules.progress import UNITS
 
 
 def plan_fit(
@@ -56,6 +55,7 @@ def plan_fit(
     max_steps: int = -1,
     limit_train_batches: float | None = None,
     epoch_length: EpochLength | None = None,
+    tokens_per_sample: int | None = None,
 ) -> Plan | None:
     """The plan of a fit, from the Trainer's arguments; ``None`` for a fit without an end.
 
@@ -66,6 +66,7 @@ def plan_fit(
         max_steps: As of ``Trainer``.
         limit_train_batches: As of ``Trainer``.
         epoch_length: As of [`plan`][lightning_bsl.schedules.plan].
+        tokens_per_sample: As of [`plan`][lightning_bsl.schedules.plan].
     """
     if max_epochs is None and max_steps == -1:
         max_epochs = 1000  # as Trainer does
@@ -73,7 +74,15 @@ def plan_fit(
     limit = 1.0 if limit_train_batches is None else limit_train_batches
     if (epochs is None and steps is None) or epochs == 0 or steps == 0 or limit == 0:
         return None
-    return plan(schedule, num_examples, epochs=epochs, steps=steps, limit_batches=limit, epoch_length=epoch_length)
+    return plan(
+        schedule,
+        num_examples,
+        epochs=epochs,
+        steps=steps,
+        tokens_per_sample=tokens_per_sample,
+        limit_batches=limit,
+        epoch_length=epoch_length,
+    )
 
 
 class BatchLRScheduler(Callback):
@@ -86,7 +95,8 @@ class BatchLRScheduler(Callback):
 
     The batch size is that of one optimizer step, over all processes and accumulated batches. Learning rates are set in
     every param group; groups keep the ratio to the first one that ``configure_optimizers`` gave them. Logs
-    ``batch_size``, ``lr`` (of the first group) and ``samples`` (examples consumed so far).
+    ``batch_size``, ``lr`` (of the first group) and ``samples`` (examples consumed so far); ``tokens`` too where the
+    DataModule has an attribute ``tokens_per_sample``.
 
     Args:
         batch_size: An ``int``, a schedule, or a function ``progress -> float``.
@@ -137,6 +147,7 @@ class BatchLRScheduler(Callback):
         self._foreign: Loader | None = None  # else its training loader, once it is known
         self._first_size: int | None = None  # what somebody's DataModule had for a batch size
         self._num_examples = 0  # of one of its epochs
+        self._tokens_per_sample: int | None = None
         self._rank, self._replicas = 0, 1  # this process among those that share a batch
         self._lr = 0.0
         self._parts: tuple[slice, ...] = ()  # the micro-batches of the current step
@@ -209,9 +220,11 @@ class BatchLRScheduler(Callback):
         self._step_buffers.clear()
         if trainer.global_step == 0:
             self._epoch_start = self._progress = Progress()
+        self._tokens_per_sample = getattr(datamodule, "tokens_per_sample", None)
         self._end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
         # a smoke test of the run's beginning, whose length Lightning has overwritten, is given a length without end
-        self._set_horizon(Horizon(10**9, 10**12, 10**15) if trainer.fast_dev_run else self._end)  # type: ignore[attr-defined]
+        whole_run = Horizon(10**9, 10**12, 10**15) if trainer.fast_dev_run else self._end  # type: ignore[attr-defined]
+        self._set_horizon(replace(whole_run, tokens_per_sample=self._tokens_per_sample))
         if self._own is not None:
             self._num_examples = self._own.num_epoch_examples
             self._make_plan(trainer, self._num_examples)
@@ -270,7 +283,8 @@ class BatchLRScheduler(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The clock, and the largest micro-batch where one was found: plain integers."""
         clocks = {"epoch_start": self._epoch_start, "progress": self._progress}
-        state: dict[str, Any] = {name: {unit: getattr(clock, unit) for unit in UNITS} for name, clock in clocks.items()}
+        units = ("epoch", "step", "samples")
+        state: dict[str, Any] = {name: {unit: getattr(clock, unit) for unit in units} for name, clock in clocks.items()}
         found = self._ceiling.size if self._ceiling is not None else None
         return state | {"horizon": asdict(self._progress.horizon), "micro_batch_size": found}
 
@@ -457,7 +471,13 @@ class BatchLRScheduler(Callback):
             check_fits(self.schedule(self._progress).batch_size, num_examples, self._progress)
             return
         self.plan = plan_fit(
-            self.schedule, num_examples, trainer.max_epochs, trainer.max_steps, limit_of(trainer), epoch_length
+            self.schedule,
+            num_examples,
+            trainer.max_epochs,
+            trainer.max_steps,
+            limit_of(trainer),
+            epoch_length,
+            self._tokens_per_sample,
         )
         if self.plan is None:
             self.schedule(self._progress)  # no end to plan towards: at least the first step must be possible
@@ -608,11 +628,13 @@ class BatchLRScheduler(Callback):
         self._logged = self._setting
         lr = self._lr if self._setting.lr is None or self._scales else self._setting.lr
         values = {"batch_size": self._setting.batch_size, "lr": lr, "samples": self._progress.samples}
+        if self._tokens_per_sample is not None:
+            values["tokens"] = self._progress.samples * self._tokens_per_sample
         for name, value in values.items():
             pl_module.log(
                 name,
                 torch.tensor(value, dtype=torch.float64),  # float32 counts examples only up to 2**24
-                prog_bar=name != "samples",
+                prog_bar=name not in ("samples", "tokens"),
                 on_step=on_step,
                 on_epoch=on_epoch,
                 reduce_fx="max",

@@ -56,6 +56,8 @@ class BatchSizeDataModule(LightningDataModule):
         3
     """
 
+    tokens_per_sample: int | None = None  # of data sets of sequences, all of one length: for schedules in tokens
+
     def __init__(
         self,
         # not `Dataset[Any]`: LightningCLI gives no arguments to a data set whose type is written so

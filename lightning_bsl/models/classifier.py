@@ -68,7 +68,7 @@ class Classifier(LightningModule):
         if self._channels_last:
             self.net.to(memory_format=torch.channels_last)
         if self._compile:
-            _compile(self.net)
+            compile_in_place(self.net)
             self._compile = False
 
     def configure_optimizers(self) -> Optimizer:
@@ -131,7 +131,7 @@ class Classifier(LightningModule):
         accuracy.update(logits, labels)
 
 
-def _compile(net: nn.Module) -> None:
+def compile_in_place(net: nn.Module) -> None:
     """Compile a module in place, which leaves the keys of its ``state_dict`` as they are.
 
     As ``net.compile(dynamic=True)``, which has two flaws: in torch 2.4 it leaves a ``Sequential`` uncompiled, and everywhere

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_bsl.report.run import Row, curve, epoch_ends
+from lightning_bsl.report.run import Row, curve, epoch_ends, validated
 from lightning_bsl.schedules import Plan, Progress
 from lightning_bsl.theory import BoundConstants, BoundTerms, bound_curve
 
@@ -92,7 +92,7 @@ def _plot_terms(axes: Sequence[Axes], plan: Plan, colors: Sequence[str], constan
 
 
 def plot_run(rows: list[Row], path: str | Path, bound: Sequence[tuple[float, float]] = ()) -> None:
-    """Draw a run: batch size, learning rate, losses, accuracy, and what was measured, against the samples it consumed.
+    """Draw a run: batch size, learning rate, losses, accuracy or perplexity, and measurements, against the samples it consumed.
 
     Args:
         rows: The run's metrics.
@@ -105,7 +105,8 @@ def plot_run(rows: list[Row], path: str | Path, bound: Sequence[tuple[float, flo
     measured = {"full_gradient_norm": "full gradient norm", "gradient_noise_scale": "gradient noise scale"}
     measured = {name: label for name, label in measured.items() if any(name in row for row in rows)}
     figure, axes = _figure(3 if measured else 2, 2, (11, 10.5 if measured else 7))
-    (batch, rate), (loss, accuracy), *more = axes
+    (batch, rate), (loss, quality), *more = axes
+    metric = validated(rows)
     ends = epoch_ends(rows)
     steps = [row for row in rows if "stage" not in row]  # the row of an advance says what comes next
     batch.step(*curve(steps, "batch_size"), where="pre", color=_BATCH)
@@ -117,8 +118,11 @@ def plot_run(rows: list[Row], path: str | Path, bound: Sequence[tuple[float, flo
     loss.plot(*curve(rows, "val/loss"), color=_VAL, marker=".", label="validation")
     loss.set_yscale("log")
     loss.legend()
-    accuracy.plot(*curve(rows, "val/accuracy"), color=_VAL, marker=".")
-    for axis, name in ((batch, "batch size"), (rate, "learning rate"), (loss, "loss"), (accuracy, "validation accuracy")):
+    quality.plot(*curve(rows, metric), color=_VAL, marker=".")
+    if metric == "val/perplexity":
+        quality.set_yscale("log")
+    named = ((batch, "batch size"), (rate, "learning rate"), (loss, "loss"), (quality, metric.replace("val/", "validation ")))
+    for axis, name in named:
         _label(axis, "samples", name, "black")
     for axis, (name, label) in zip(more[0] if more else (), measured.items()):
         axis.plot(*curve(rows, name), color=_TRAIN, marker=".")

@@ -27,6 +27,11 @@ def curve(rows: list[Row], name: str, against: str = "samples") -> tuple[list[fl
     return [x for x, _ in points], [y for _, y in points]
 
 
+def validated(rows: list[Row]) -> str:
+    """What says how good the model is, besides its loss: the perplexity where there is one, else the accuracy."""
+    return "val/perplexity" if any("val/perplexity" in row for row in rows) else "val/accuracy"
+
+
 def epoch_ends(rows: list[Row]) -> list[Row]:
     """Of the rows of each epoch the last one: that of its end."""
     last = {row["epoch"]: row for row in rows if "train/loss" in row}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_bsl.report.run import Row, curve
+from lightning_bsl.report.run import Row, curve, validated
 from lightning_bsl.schedules import Plan, Stage
 from lightning_bsl.theory import BoundConstants, BoundTerms, asymptotic_rates, bound_curve, bound_terms, stalls
 
@@ -97,13 +97,15 @@ def compare_table(plans: Mapping[str, Plan], constants: BoundConstants | None = 
 
 
 def run_table(plan: Plan, rows: list[Row]) -> Table:
-    """A row for each stage of a plan that a run has finished, with the training loss and validation accuracy at its end.
+    """A row for each stage of a plan that a run has finished, with the training loss and what was validated at its end.
 
     Args:
         plan: The run's plan.
         rows: The run's metrics.
     """
-    table = _table("stage", "epochs", "steps", "samples", "batch", "rate", "train loss", "val acc")
+    metric = validated(rows)
+    heading = {"val/accuracy": "val acc", "val/perplexity": "val ppl"}[metric]
+    table = _table("stage", "epochs", "steps", "samples", "batch", "rate", "train loss", heading)
     start, end = 0, 0
     reached = max((row["samples"] for row in rows if "samples" in row), default=0)
     for stage in _rows(plan):
@@ -111,7 +113,7 @@ def run_table(plan: Plan, rows: list[Row]) -> Table:
         if start >= reached:
             break
         cells = _cells(stage)
-        for name in ("train/loss", "val/accuracy"):
+        for name in ("train/loss", metric):
             values = [y for x, y in zip(*curve(rows, name)) if start < x <= end]
             cells.append(f"{values[-1]:.4f}" if values else "")
         table.add_row(*cells)

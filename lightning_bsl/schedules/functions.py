@@ -38,7 +38,8 @@ class Schedule(ABC):
     """Base class: a schedule has one pure method, [`value`][], of its own stage index.
 
     Args:
-        unit: The clock it reads: ``"epoch"``, ``"step"`` (optimizer steps) or ``"samples"`` (examples consumed).
+        unit: The clock it reads: ``"epoch"``, ``"step"`` (optimizer steps), ``"samples"`` (examples consumed) or
+            ``"tokens"`` (samples times the tokens of one, where the data say how many those are).
         every: How long one stage of the schedule lasts, in ``unit``: an ``int``, or a ``float`` below 1 for that fraction
             of the run (0.1 of 300 epochs is 30 epochs).
         minimum: The value is never below this.
@@ -355,15 +356,16 @@ class Warmup(Schedule):
             return min(over, super().next_change(progress) or over)
         if not isinstance(self.then, Schedule):
             return progress.count(self.unit) + 1
-        change = self.then.next_change(progress.since(over, self.unit))
-        return None if change is None else over + change
+        after = progress.since(over, self.unit)
+        change = self.then.next_change(after)
+        return None if change is None else progress.count(self.unit) - after.count(self.unit) + change
 
     def _over(self, progress: Progress) -> int:
         over = whole(self.over, lambda: progress.horizon.total(self.unit))
-        length: int | None = getattr(progress.horizon, self.unit)
-        if length is not None and over >= length:
+        length = progress.horizon.length(self.unit)
+        if length is not None and length - over < progress.horizon.grain(self.unit):
             raise ValueError(
-                f"the warm-up takes {over} {self.unit}s but the run has only {length}; "
+                f"the warm-up takes {over} {self.unit.rstrip('s')}s but the run has only {length}; "
                 f"write a shorter `over`, or train for longer than {over}"
             )
         return over

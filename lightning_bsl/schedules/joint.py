@@ -176,7 +176,9 @@ def _steps_to_change(function: object, progress: Progress, batch_size: int) -> f
     if change is None or function.unit == "epoch":
         return math.inf
     left = change - progress.count(function.unit)
-    return left if function.unit == "step" else -(-left // batch_size)
+    if function.unit == "step":
+        return left
+    return -(-left // (batch_size * progress.horizon.grain(function.unit)))
 
 
 def _when(progress: Progress) -> str:

@@ -220,6 +220,7 @@ def plan(
     epochs: int | None = None,
     steps: int | None = None,
     samples: int | None = None,
+    tokens_per_sample: int | None = None,
     limit_batches: float = 1.0,
     epoch_length: EpochLength | None = None,
 ) -> Plan:
@@ -233,6 +234,7 @@ def plan(
         epochs: Horizon in epochs.
         steps: Horizon in optimizer steps.
         samples: Horizon in examples.
+        tokens_per_sample: Tokens of one example, for schedules that count in tokens.
         limit_batches: As Lightning's ``limit_train_batches``.
         epoch_length: Where the batch size can change only between epochs: the optimizer steps and the examples of an epoch,
             for a batch size. Then ``limit_batches`` is its business.
@@ -249,7 +251,7 @@ def plan(
     given = {"epochs": epochs, "steps": steps, "samples": samples}
     if all(value is None for value in given.values()):
         raise ValueError("a plan needs a horizon: write `epochs`, `steps` or `samples`")
-    for name, value in (*given.items(), ("num_examples", num_examples)):
+    for name, value in (*given.items(), ("num_examples", num_examples), ("tokens_per_sample", tokens_per_sample)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}={value}` must be 1 or more")
     if epoch_length is not None:
@@ -259,13 +261,14 @@ def plan(
         whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0  # the int 1 is one step
         if epochs is not None and steps is None and samples is None and whole_epochs:
             samples = epochs * num_examples
-    horizon = Horizon(epochs, steps, samples)
+    horizon = Horizon(epochs, steps, samples, tokens_per_sample)
     # the length in the other units follows from the batch sizes alone, so it is known before the rates are asked
     lengths, _ = _walk(JointSchedule(schedule.batch_size), cut, horizon, horizon)
     full = Horizon(
         epochs if epochs is not None else math.ceil(round(sum(stage.epochs for stage in lengths), 6)),
         steps if steps is not None else sum(stage.steps for stage in lengths),
         samples if samples is not None else sum(stage.samples for stage in lengths),
+        tokens_per_sample,
     )
     stages, found = _walk(schedule, cut, full, horizon)
     for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages))):

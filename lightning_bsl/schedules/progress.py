@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
-Unit = Literal["epoch", "step", "samples"]
+Unit = Literal["epoch", "step", "samples", "tokens"]
 UNITS: tuple[str, ...] = get_args(Unit)
 
 
@@ -23,11 +23,21 @@ class Horizon:
         epoch: Epochs of the run.
         step: Optimizer steps of the run.
         samples: Examples the run consumes.
+        tokens_per_sample: Tokens of one example, where the examples are sequences of one length.
     """
 
     epoch: int | None = None
     step: int | None = None
     samples: int | None = None
+    tokens_per_sample: int | None = None
+
+    def length(self, unit: Unit) -> int | None:
+        """The run's length in ``unit``, ``None`` where it is not known."""
+        check_unit(unit)
+        if unit == "tokens":
+            return None if self.samples is None else self.samples * self.grain(unit)
+        length: int | None = getattr(self, unit)
+        return length
 
     def total(self, unit: Unit) -> int:
         """The run's length in ``unit``.
@@ -35,8 +45,7 @@ class Horizon:
         Raises:
             ValueError: The length is not known in this unit.
         """
-        check_unit(unit)
-        length: int | None = getattr(self, unit)
+        length = self.length(unit)
         if length is None:
             raise ValueError(
                 f"a schedule asks for the run's length in unit {unit!r}, which is not known here: give the schedule a "
@@ -44,6 +53,21 @@ class Horizon:
                 "(`max_epochs` in epochs, `max_steps` in steps; -1 is no bound)"
             )
         return length
+
+    def grain(self, unit: Unit) -> int:
+        """What the clock in ``unit`` counts by: 1, or the tokens of one example.
+
+        Raises:
+            ValueError: Tokens are asked for and the examples have none.
+        """
+        if unit != "tokens":
+            return 1
+        if self.tokens_per_sample is None:
+            raise ValueError(
+                "a schedule counts in tokens, but it is not known how many an example has: give the DataModule an attribute "
+                "`tokens_per_sample` (the text data sets have it), or `plan` that argument; or write `unit='samples'`"
+            )
+        return self.tokens_per_sample
 
     def ends_before(self, progress: Progress) -> bool:
         """Whether a run of this length is over at ``progress``."""
@@ -62,7 +86,8 @@ class Progress(NamedTuple):
 
     Example:
         >>> Progress().advance(8).advance(8)
-        Progress(epoch=0, step=2, samples=16, horizon=Horizon(epoch=None, step=None, samples=None))
+        Progress(epoch=0, step=2, samples=16,
+                 horizon=Horizon(epoch=None, step=None, samples=None, tokens_per_sample=None))
     """
 
     epoch: int = 0
@@ -71,8 +96,14 @@ class Progress(NamedTuple):
     horizon: Horizon = Horizon()
 
     def count(self, unit: Unit) -> int:
-        """The clock's reading in ``unit``."""
+        """The clock's reading in ``unit``.
+
+        Raises:
+            ValueError: An unknown unit, or tokens where the examples have none.
+        """
         check_unit(unit)
+        if unit == "tokens":
+            return self.samples * self.horizon.grain(unit)
         reading: int = getattr(self, unit)
         return reading
 
@@ -87,9 +118,12 @@ class Progress(NamedTuple):
     def since(self, count: int, unit: Unit) -> Progress:
         """The clock of a schedule that starts when this one reads ``count`` in ``unit``.
 
-        Only the clock and the horizon in ``unit`` are shifted.
+        Only the clock and the horizon in ``unit`` are shifted. Samples and tokens are one clock: it starts with the first
+        whole example when this one reads ``count`` tokens.
         """
         horizon = self.horizon
+        if unit == "tokens":
+            unit, count = "samples", -(-count // horizon.grain(unit))
         length: int | None = getattr(horizon, unit)
         if length is not None:
             horizon = replace(horizon, **{unit: length - count})

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import pytest
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from lightning_bsl.experiment import make_plan
 from lightning_bsl.schedules import Progress
@@ -139,6 +141,55 @@ def test_real_fashion_mnist(overrides: tuple[str, ...], run: Run, tmp_path: Path
     assert max(accuracies) > (0.9 if "whole" in str(tmp_path) else 0.6)
 
 
+PYDOC = ("data=pydoc", "model=gpt_tiny", "scheduler=increasing_both", "trainer.enable_progress_bar=false")
+
+
+def unigram_perplexity(cfg: DictConfig) -> float:
+    """Of the validation tokens, by how often each comes in the training tokens (plus one, so that none is impossible)."""
+    datamodule = instantiate(cfg.data)
+    datamodule.setup("fit")
+    counts = np.bincount(datamodule.train_set.tokens, minlength=cfg.data.vocab_size) + 1
+    predicted = datamodule.val_set.blocks[:, 1:]
+    return float(np.exp(-np.log(counts / counts.sum())[predicted].mean()))
+
+
+def test_language_model_grows_by_tokens_inside_the_first_epoch(run: Run, tmp_path: Path) -> None:
+    overrides = (*PYDOC, "data.samples_per_epoch=1000", "trainer.max_epochs=1", "optimizer.lr=0.003",
+                 "scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=16384",
+                 "scheduler.lr.unit=tokens", "scheduler.lr.every=16384")  # fmt: skip
+    run("plan.py", *overrides, folder=tmp_path / "plan")
+    printed = run("train.py", *overrides, "trainer.log_every_n_steps=7", folder=tmp_path / "run")
+    assert "val ppl" in printed
+    check_as_planned(tmp_path / "plan", tmp_path / "run", overrides, 1000)
+    rows = read(tmp_path / "run" / "metrics.csv")
+    for row in rows:
+        assert float(row["tokens"]) == 64 * float(row["samples"])
+        # a step is taken with the size that the tokens before it ask for; the last one of the epoch holds fewer
+        before = float(row["tokens"]) - 64 * (float(row["batch_size"]) if float(row["samples"]) < 1000 else 1)
+        assert float(row["batch_size"]) == 8 * 2 ** (before // 16384)
+    assert {row["epoch"] for row in rows} == {"0"}
+    assert {float(row["batch_size"]) for row in rows} == {8, 16, 32, 64}  # doubled three times
+    (perplexity,) = (float(row["val/perplexity"]) for row in rows if row["val/perplexity"])
+    assert perplexity < unigram_perplexity(compose_config(*overrides))
+
+
+@pytest.mark.slow
+def test_first_command_of_the_language_models(run: Run, tmp_path: Path) -> None:
+    run("train.py", *PYDOC, folder=tmp_path / "run")
+    perplexities = [float(row["val/perplexity"]) for row in read(tmp_path / "run" / "metrics.csv") if row["val/perplexity"]]
+    assert perplexities[-1] < unigram_perplexity(compose_config(*PYDOC)) / 2
+
+
+@pytest.mark.parametrize("metric, overrides", [
+    ("val/perplexity", ("data=pydoc", "data.samples_per_epoch=64", "callbacks=early_stopping")), ("val/accuracy", ())
+])  # fmt: skip
+def test_returns_what_a_sweeper_judges_by(metric: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    cfg = compose_config(*overrides, "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
+                         f"hydra.runtime.output_dir={tmp_path}")  # fmt: skip
+    returned = runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"].__wrapped__(cfg)
+    assert returned == pytest.approx([float(row[metric]) for row in read(tmp_path / "metrics.csv") if row[metric]][-1])
+
+
 def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
     overrides = ["trainer=ddp_cpu", "trainer.max_epochs=3", "trainer.enable_progress_bar=false"]
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={tmp_path / 'run'}", *overrides]
@@ -187,6 +238,12 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     (("scheduler.lr.start=.nan",), ("nan",)),
     (("scheduler=increasing_warmup", "trainer.max_epochs=1"), ("warm-up", "longer")),
     (("trainer.max_epochs=-1",), ("max_epochs", "every")),
+    (("data=pydoc", "model=gpt_tiny", "model.net.n_positions=32"), ("64 tokens", "`block_size=32`", "`n_positions=64`")),
+    (("data=pydoc", "model=gpt_tiny", "model.net.vocab_size=999"), ("2048 tokens", "999", "`vocab_size=2048`")),
+    (("data=pydoc", "model=gpt_tiny", "data.block_size=100000"), ("do not fill one block of 100000",)),
+    (("data=text", "model=gpt_tiny", "data.root=nowhere"), ("no folder nowhere", "data.root=DIR")),
+    (("data=eli5", "model=gpt_tiny", "data.root=nowhere"), ("nowhere/eli5_category", "data.download=true")),
+    (("scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=99"), ("counts in tokens", "unit='samples'")),
     (("data=cifar10", "data.root=nowhere"), ("nowhere", "data.root", "data.download=true")),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_training(

@@ -53,6 +53,16 @@ def test_read_metrics_leaves_out_what_is_empty(tmp_path: Path) -> None:
     assert rows[1]["val/accuracy"] == 0.5
 
 
+def test_a_language_model_has_a_perplexity(tmp_path: Path) -> None:
+    text = (FIRST_EPOCH + SECOND_EPOCH).replace("val/accuracy", "val/perplexity")
+    rows = read_metrics(write(tmp_path / "metrics.csv", text))
+    table = run_table(plan(GROWING, 100, epochs=2), rows)
+    assert [column.header for column in table.columns][-2:] == ["train loss", "val ppl"]
+    assert [row[-1] for row in lines(table)] == ["0.5000", "0.7500"]
+    plot_run(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 def test_plan_table() -> None:
     assert lines(plan_table(plan(GROWING, 100, epochs=2))) == [
         ["0", "0", "1", "13", "100", "8", "0.1"],

@@ -118,6 +118,52 @@ def test_warmup_over_a_fraction_and_before_a_plain_function() -> None:
     assert values(lr, (0, 5, 6, 29, 30, 31)) == pytest.approx([1, 1, 2, 16, 16, 15])
 
 
+# --- tokens: samples times the tokens of one -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Constant(7, unit="samples"),
+        Exponential(8, factor=2, every=30, unit="samples"),
+        Exponential(8, factor=2, every=0.1, unit="samples"),
+        Polynomial(8, slope=4, every=10, unit="samples"),
+        Cosine(1.0, unit="samples"),
+        Cosine(1.0, total=60, unit="samples", every=2),
+        PolynomialDecay(1.0, total=150, unit="samples"),
+        Milestones([1, 2, 4], at=[30, 60], unit="samples"),
+        Warmup(0.1, then=Cosine(0.8, unit="samples"), over=30, every=3, unit="samples"),
+    ],
+)
+def test_lengths_in_tokens_are_those_in_samples_times_the_tokens_of_one(schedule: Schedule) -> None:
+    def in_tokens(each: Any) -> Any:
+        lengths = {name: getattr(each, name, None) for name in ("every", "over", "total", "at")}
+        if lengths["at"] is not None:
+            return replace(each, unit="tokens", at=[512 * milestone for milestone in lengths["at"]])
+        scaled = {name: 512 * length for name, length in lengths.items() if isinstance(length, int)}
+        return replace(each, unit="tokens", **scaled, **({"then": in_tokens(each.then)} if hasattr(each, "then") else {}))
+
+    run = Horizon(samples=300, tokens_per_sample=512)
+    for samples in range(300):
+        clock = Progress(samples=samples, horizon=run)
+        assert in_tokens(schedule)(clock) == pytest.approx(schedule(clock), rel=1e-12)
+
+
+def test_a_warmup_that_ends_inside_a_sequence() -> None:
+    """It is over with the first whole sequence, and what follows ends where the run does."""
+    run = Horizon(samples=20, tokens_per_sample=100)
+    lr = Warmup(1.0, then=Cosine(2.0, unit="tokens"), over=950, every=475, unit="tokens")
+    found = [lr(Progress(samples=samples, horizon=run)) for samples in (0, 4, 5, 9, 10, 15, 20)]
+    assert found == pytest.approx([1, 1, 2, 2, 2, 1, 0])
+    changes = [lr.next_change(Progress(samples=samples, horizon=run)) for samples in (0, 9, 10, 11)]
+    assert changes == [475, 950, 1001, 1101]
+
+
+def test_tokens_where_the_examples_have_none() -> None:
+    with pytest.raises(ValueError, match=r"counts in tokens.*`tokens_per_sample`.*`unit='samples'`"):
+        Exponential(8, factor=2, every=512, unit="tokens")(Progress(horizon=RUN))
+
+
 # --- errors: each names the value and says what to write -----------------------------------------------------------------
 
 

@@ -164,7 +164,8 @@ def build(*kinds: Any) -> st.SearchStrategy[Any]:
     return st.one_of(*kinds)
 
 
-units = st.sampled_from(["epoch", "step", "samples"])
+units = st.sampled_from(["epoch", "step", "samples", "tokens"])
+TOKENS = 3  # of an example
 every = st.integers(1, 12) | st.integers(13, 90)
 small = st.floats(1, 12)
 counts = st.lists(st.integers(1, 60), min_size=1, max_size=4, unique=True).map(sorted)
@@ -231,19 +232,20 @@ limits = build(st.just(1.0), st.just(1.0), st.integers(1, 8), st.sampled_from([0
 def test_a_plan_is_what_a_walk_step_by_step_finds(
     batch_size: Any, lr: Any, n: int, bound: dict[str, int], limit: float
 ) -> None:
-    end = Horizon(bound.get("epochs"), bound.get("steps"), bound.get("samples"))
-    if isinstance(batch_size, Warmup):  # its length is checked against whatever is known
-        assume(batch_size.over < (getattr(end, batch_size.unit) or math.inf))
+    def assume_longer(run: Horizon, warmup: Any) -> None:
+        if isinstance(warmup, Warmup) and (length := run.length(warmup.unit)) is not None:
+            assume(warmup.over <= length - (TOKENS if warmup.unit == "tokens" else 1))
+
+    end = Horizon(bound.get("epochs"), bound.get("steps"), bound.get("samples"), TOKENS)
+    assume_longer(end, batch_size)  # its length is checked against whatever is known
     lengths = walk(JointSchedule(batch_size), n, end, end, limit)
     ran = Horizon(lengths[-1].epoch + 1, len(lengths), sum(step.examples for step in lengths))
-    horizon = Horizon(end.epoch or ran.epoch, end.step or ran.step, end.samples or ran.samples)
-    if isinstance(lr, Warmup):
-        assume(lr.over < getattr(horizon, lr.unit))
-    if isinstance(batch_size, Warmup):
-        assume(batch_size.over < getattr(horizon, batch_size.unit))
+    horizon = Horizon(end.epoch or ran.epoch, end.step or ran.step, end.samples or ran.samples, TOKENS)
+    assume_longer(horizon, lr)
+    assume_longer(horizon, batch_size)
     steps = walk(JointSchedule(batch_size, lr), n, end, horizon, limit)
 
-    whole = plan(JointSchedule(batch_size, lr), n, **bound, limit_batches=limit)
+    whole = plan(JointSchedule(batch_size, lr), n, **bound, tokens_per_sample=TOKENS, limit_batches=limit)
 
     assert whole.horizon == horizon
     assert (whole.steps, whole.samples) == (len(steps), sum(step.examples for step in steps))
@@ -319,6 +321,8 @@ def test_no_warning_without_cause() -> None:
         (JointSchedule(8, lambda p: 0.2 - 0.1 * p.epoch), {"epochs": 3}, r"learning rate is 0.0 at epoch=2"),
         (JointSchedule(8, Warmup(0.1, Constant(1), over=5)), {"epochs": 5}, "takes 5 epochs but the run has only 5"),
         (JointSchedule(Exponential(8, 2, every=0.5)), {"steps": 50}, "length in unit 'epoch', which is not known"),
+        (JointSchedule(Exponential(8, 2, every=9, unit="tokens")), {"epochs": 1}, "`tokens_per_sample`.*`unit='samples'`"),
+        (JointSchedule(8), {"epochs": 1, "tokens_per_sample": 0}, "`tokens_per_sample=0` must be 1 or more"),
         (JointSchedule(10), {"epochs": 1, "limit_batches": 0.05}, "`limit_batches=0.05` leaves no step of epoch 0"),
     ],
 )

@@ -1,0 +1,246 @@
+"""The language model, driven by Lightning's Trainer and by the library's callbacks."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule, FullGradientNorm, GradientNoiseScale
+from lightning_bsl.callbacks.gradient_noise import estimate
+from lightning_bsl.data import TokenBlocks
+from lightning_bsl.data.text import identity
+from lightning_bsl.models import CausalLM, distilgpt2
+from lightning_bsl.report import read_metrics
+from lightning_bsl.schedules import Exponential, Warmup
+from tests.helpers import quiet
+
+VOCABULARY, LENGTH = 40, 6
+
+
+def blocks(number: int, seed: int = 0) -> TokenBlocks:
+    return TokenBlocks(np.random.default_rng(seed).integers(VOCABULARY, size=number * LENGTH, dtype=np.uint16), LENGTH)
+
+
+class Data(BatchSizeDataModule):
+    tokens_per_sample, vocab_size = LENGTH, VOCABULARY
+
+    def __init__(self, train: int = 61, **options: Any) -> None:
+        super().__init__(
+            blocks(train), blocks(21, seed=1), blocks(10, seed=2), collate_fn=identity, eval_batch_size=8, **options
+        )
+
+
+def make(dropout: float = 0.0, optimizer: Any = None, **sizes: int) -> CausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_layer": 2, "n_embd": 8, "n_head": 2} | sizes
+    return CausalLM(distilgpt2(dropout=dropout, **sizes), optimizer)
+
+
+def fit(model: CausalLM, *callbacks: Callback, folder: Path | None = None, data: Data | None = None, **options: Any) -> Trainer:
+    logger = CSVLogger(folder, name="", version="") if folder else False
+    resume = options.pop("ckpt_path", None)
+    options = {"max_epochs": 1, "log_every_n_steps": 1} | options
+    trainer = Trainer(**quiet(callbacks=list(callbacks), logger=logger, **options))
+    trainer.fit(model, data or Data(), ckpt_path=resume)
+    return trainer
+
+
+def tokens(data: TokenBlocks | Any) -> Tensor:
+    found: Tensor = data.__getitems__(range(len(data)))
+    return found
+
+
+def test_loss_and_perplexity_are_those_of_transformers(tmp_path: Path) -> None:
+    model, data = make(dropout=0.2), Data(batch_size=16)
+    seen: list[tuple[float, int]] = []
+    step = model.training_step
+
+    def spy(batch: Tensor, batch_idx: int) -> Tensor:
+        random = torch.get_rng_state()
+        with torch.no_grad():
+            expected = model.net(batch, labels=batch).loss
+        torch.set_rng_state(random)
+        loss = step(batch, batch_idx)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        seen.append((loss.item(), len(batch)))
+        return loss
+
+    model.training_step = spy  # type: ignore[method-assign]
+    fit(model, folder=tmp_path, data=data, max_epochs=2)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(
+        [
+            value
+            for epoch in (seen[:4], seen[4:])
+            for value in (*(loss for loss, _ in epoch), sum(loss * n for loss, n in epoch) / 61)
+        ],
+        rel=1e-5,
+    )
+    model.eval()
+    for split, found in (
+        ("val", [row for row in rows if "val/loss" in row][-1]),
+        ("test", Trainer(**quiet()).test(model, data, verbose=False)[0]),
+    ):
+        each = tokens(getattr(data, f"{split}_set"))
+        with torch.no_grad():
+            loss = model.net(each, labels=each).loss.item()
+        assert found[f"{split}/loss"] == pytest.approx(loss, rel=1e-5)
+        assert found[f"{split}/perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_the_sign_of_the_gradient(kind: Any) -> None:
+    """betas (0, 0): every weight moves by the learning rate, as P4's analysis has it."""
+    model, batch = make(optimizer=partial(kind, lr=0.01, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)), tokens(blocks(5))
+    optimizer = model.configure_optimizers()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    model.net(batch, labels=batch).loss.backward()
+    optimizer.step()
+    for name, each in model.named_parameters():
+        moved = each.grad != 0  # type: ignore[operator]
+        assert torch.allclose((each - before[name])[moved], -0.01 * each.grad[moved].sign(), atol=1e-6)  # type: ignore[index,union-attr]
+
+
+def test_what_decays() -> None:
+    model = make(optimizer=partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5))
+    optimizer = model.configure_optimizers()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    for each in model.parameters():
+        each.grad = torch.zeros_like(each)
+    optimizer.step()
+    decayed = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert decayed == {"net.transformer.wte.weight", "net.transformer.wpe.weight"} | {
+        f"net.transformer.h.{block}.{name}.weight" for block in range(2) for name in names
+    }
+    assert torch.allclose(model.net.transformer.wte.weight, before["net.transformer.wte.weight"] * (1 - 0.1 * 0.5))
+    default = make().configure_optimizers()
+    assert isinstance(default, torch.optim.AdamW)
+    assert [group["lr"] for group in default.param_groups] == [0.001, 0.001]
+
+
+@pytest.mark.parametrize("sizes, message", [
+    ({"n_positions": 4}, "have 6 tokens, but the network has positions for 4 only.*`block_size=4`.*`n_positions=6`"),
+    ({"vocab_size": 30}, "up to 40 tokens, but the network knows 30 only; write `vocab_size=40`"),
+])  # fmt: skip
+def test_a_network_too_small_for_the_data(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(make(**sizes))
+
+
+def test_pretrained_weights_with_another_tokenizer(tmp_path: Path) -> None:
+    make().net.save_pretrained(tmp_path)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_layer": 2, "n_embd": 8, "n_head": 2}
+    data = Data()
+    fit(CausalLM(distilgpt2(**sizes, pretrained=tmp_path)), data=data)
+    data.trained_tokenizer = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"go with the tokenizer they were trained with.*`tokenizer=gpt2`"):
+        fit(CausalLM(distilgpt2(**sizes, pretrained=tmp_path)), data=data)
+    fit(make(), data=data)
+
+
+# --- what holds for images holds for text
+
+GROWTH = {"every": 60, "unit": "tokens"}  # ten sequences
+
+
+class Record(Callback):
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        self.batches.append(batch)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_grows_by_tokens_inside_an_epoch(tmp_path: Path) -> None:
+    record = Record()
+    scheduler = BatchLRScheduler(Exponential(2, factor=2, maximum=16, **GROWTH), Exponential(0.01, factor=1.2, **GROWTH))
+    fit(make(), scheduler, record, folder=tmp_path)
+    expected, rates, consumed = [], [], 0
+    while consumed < 61:
+        stage = consumed * LENGTH // 60
+        expected.append(min(2 * 2**stage, 16, 61 - consumed))
+        rates.append(0.01 * 1.2**stage)
+        consumed += expected[-1]
+    assert [len(batch) for batch in record.batches] == expected == [2] * 5 + [4] * 3 + [8, 16, 15]
+    assert record.rates == pytest.approx(rates)
+    assert sorted(torch.cat(record.batches).tolist()) == sorted(tokens(blocks(61)).tolist())
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "samples" in row]
+    assert [row["tokens"] for row in rows] == [LENGTH * row["samples"] for row in rows]
+    assert rows[-1]["tokens"] == 366
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_somebodys_datamodule_may_say_how_many_tokens(tmp_path: Path) -> None:
+    class Theirs(LightningDataModule):
+        batch_size = 4
+        tokens_per_sample = LENGTH
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(blocks(20), batch_size=self.batch_size, collate_fn=identity)
+
+    record = Record()
+    scheduler = BatchLRScheduler(Exponential(4, factor=2, every=120, unit="tokens"))
+    trainer = Trainer(**quiet(callbacks=[scheduler, record], max_epochs=2, logger=CSVLogger(tmp_path, name="", version="")))
+    trainer.fit(make(), Theirs())
+    assert [len(batch) for batch in record.batches] == [4] * 5 + [8, 8, 4]
+    assert read_metrics(tmp_path / "metrics.csv")[-1]["tokens"] == 240
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumes_bit_for_bit_inside_an_epoch(workers: int, tmp_path: Path) -> None:
+    def run(**options: Any) -> tuple[CausalLM, list[Tensor]]:
+        record, model = Record(), make(dropout=0.1)
+        lr = Warmup(0.001, then=Exponential(0.01, factor=1.2, **GROWTH), over=90, every=30, unit="tokens")
+        scheduler = BatchLRScheduler(Exponential(2, factor=2, maximum=16, **GROWTH), lr, max_device_batch_size=6)
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+        options = {"max_epochs": 2, "enable_checkpointing": True} | options
+        fit(model, scheduler, record, saving, data=Data(num_workers=workers, seed=4), **options)
+        return model, record.batches
+
+    whole, seen = run()
+    resumed, rest = run(ckpt_path=tmp_path / "step=7.ckpt")
+    assert all(map(torch.equal, rest, seen[-len(rest) :]))
+    assert 0 < len(rest) < len(seen)
+    assert all(map(torch.equal, resumed.state_dict().values(), whole.state_dict().values()))
+
+
+def gradient(model: CausalLM, batch: Tensor) -> Tensor:
+    return torch.cat(
+        [each.flatten() for each in torch.autograd.grad(model.net(batch, labels=batch).loss, [*model.parameters()])]
+    )
+
+
+def test_full_gradient_norm(tmp_path: Path) -> None:
+    model = make(dropout=0.1)
+    fit(model, FullGradientNorm(batch_size=7), folder=tmp_path)
+    (row,) = [row for row in read_metrics(tmp_path / "metrics.csv") if "full_gradient_norm" in row]
+    batch = tokens(blocks(61))
+    assert row["full_gradient_norm"] == pytest.approx(gradient(model.eval(), batch).norm().item(), rel=1e-4)
+    assert row["full_loss"] == pytest.approx(model.net(batch, labels=batch).loss.item(), rel=1e-5)
+
+
+def test_gradient_noise_scale() -> None:
+    noise, record = GradientNoiseScale(every=1), Record()
+    model = make()
+    fit(model, BatchLRScheduler(12, 0.01, max_device_batch_size=4), noise, record, max_steps=1, max_epochs=-1)
+    parts = record.batches
+    assert [len(part) for part in parts] == [4, 4, 4]
+    fresh = make()
+    small = sum(gradient(fresh, part).square().sum().item() for part in parts) / 3
+    big = gradient(fresh, torch.cat(parts)).square().sum().item()
+    expected = estimate(small, 4, big, 12)
+    assert (noise.gradient_sq_norm, noise.gradient_variance) == pytest.approx(expected, rel=1e-3)

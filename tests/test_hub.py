@@ -1,0 +1,49 @@
+"""The libraries of the text extra, and a hub that does not answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from lightning_bsl.hub import check_reachable
+
+
+def test_without_the_extra(tmp_path: Path) -> None:
+    """Everything else imports and runs; what needs the extra names it."""
+    code = """if True:
+        import sys
+        import lightning  # torchmetrics looks for what is installed, and imports it
+        sys.modules |= dict.fromkeys(("transformers", "datasets", "tokenizers", "huggingface_hub"))
+        import lightning_bsl.callbacks, lightning_bsl.experiment
+        from lightning_bsl.data import ELI5Category, Digits, PydocTopics
+        from lightning_bsl.models import Classifier, cnn5, distilgpt2
+        Digits().setup("fit"), Classifier(cnn5(), 10)
+        for use in (distilgpt2, PydocTopics(cache_dir=sys.argv[1]).prepare_data, ELI5Category().fetch):
+            try:
+                use()
+            except ModuleNotFoundError as error:
+                print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert [line.split()[3] for line in done.stdout.splitlines()] == ["transformers,", "tokenizers,", "huggingface_hub,"]
+    assert done.stdout.count("pip install 'lightning_bsl[text]'") == 3
+
+
+def test_asks_once_for_the_repository_and_its_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answer(_: Any, name: str, repo_type: str, revision: str | None, timeout: float) -> None:
+        asked.append((name, repo_type, revision))
+        if name == "a/model":
+            raise huggingface_hub.utils.OfflineModeIsEnabled("offline mode")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", answer)
+    check_reachable("a/dataset", "dataset", "Do this.", "refs/convert/parquet")
+    with pytest.raises(ConnectionError, match=r"a/model cannot be reached on huggingface.co \(offline mode\)\. Do that\."):
+        check_reachable("a/model", "model", "Do that.")
+    assert asked == [("a/dataset", "dataset", "refs/convert/parquet"), ("a/model", "model", None)]
