@@ -244,3 +244,21 @@ def test_gradient_noise_scale() -> None:
     big = gradient(fresh, torch.cat(parts)).square().sum().item()
     expected = estimate(small, 4, big, 12)
     assert (noise.gradient_sq_norm, noise.gradient_variance) == pytest.approx(expected, rel=1e-3)
+
+
+def test_compiled_equals_eager_over_ten_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    eager, compiled = make(), CausalLM(make().net, compile=True)
+    compiled.configure_model()
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    data = blocks(60)
+    for size in (1, 2, 3, 5, 8, 13, 21, 34, 44, 55):
+        batch = data.__getitems__(range(size))
+        assert torch.allclose(compiled(batch), eager(batch), atol=1e-6)
+    assert 1 <= len(graphs) <= 2
