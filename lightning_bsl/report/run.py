@@ -11,14 +11,74 @@ Row = dict[str, float]
 def read_metrics(path: str | Path) -> list[Row]:
     """The rows of a ``metrics.csv``, each with the columns it has a number for.
 
+    Those of before an interruption, which [`keep_metrics`][] has put aside, come first.
+
     Args:
         path: The file that Lightning's ``CSVLogger`` wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
     """
+    return [{name: float(value) for name, value in row.items() if value} for row in _rows(Path(path))]
+
+
+def keep_metrics(path: Path) -> None:
+    """Put a run's metrics aside before it is resumed: ``CSVLogger`` begins its file anew.
+
+    Args:
+        path: The ``metrics.csv``, which need not exist.
+    """
+    if path.exists():
+        _write(_rows(path), _aside(path))
+        path.unlink()
+
+
+def merge_metrics(path: Path) -> None:
+    """Join a run's metrics to those of before its interruptions, once it is finished.
+
+    Args:
+        path: The ``metrics.csv``.
+    """
+    if _aside(path).exists():
+        _write(_rows(path) if path.exists() else _read(_aside(path)), path)
+        _aside(path).unlink()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name("metrics.before.csv")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    rows = _read(path)
+    if not _aside(path).exists():
+        return rows
+    # what was logged after the checkpoint is logged again; a step has several rows, each with columns of its own
+    start = min((int(row["step"]) for row in rows), default=None)
+    again = {_columns(row) for row in rows if int(row["step"]) == start}
+    before = [
+        row
+        for row in _read(_aside(path))
+        if start is None or int(row["step"]) < start or (int(row["step"]) == start and _columns(row) not in again)
+    ]
+    return before + rows
+
+
+def _columns(row: dict[str, str]) -> frozenset[str]:
+    return frozenset(name for name, value in row.items() if value)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def _write(rows: list[dict[str, str]], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, sorted({name for row in rows for name in row}), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def curve(rows: list[Row], name: str, against: str = "samples") -> tuple[list[float], list[float]]:

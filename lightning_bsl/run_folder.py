@@ -1,0 +1,76 @@
+"""A run's folder: whether its run is finished, and where an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_bsl.report.run import keep_metrics, merge_metrics
+
+_CONFIG, _FINISHED = Path(".hydra/run.yaml"), Path(".hydra/finished.json")
+
+
+class Finished(NamedTuple):
+    """A run that needs no more training.
+
+    Args:
+        value: What it returned.
+    """
+
+    value: float | None
+
+
+def open_run(cfg: DictConfig) -> Finished | str | None:
+    """What the folder of a run that is about to start holds.
+
+    A sweep that was interrupted, started again with the same ``hydra.sweep.dir``, thereby repeats no finished run and
+    resumes the others from their last checkpoint. The metrics of before the interruption are kept.
+
+    Args:
+        cfg: The composed configuration; ``output_dir`` is the folder.
+
+    Returns:
+        The end of the same run, the checkpoint to resume from, or ``None`` for a start from nothing.
+
+    Raises:
+        ValueError: The folder holds a run with another configuration.
+    """
+    given: str | None = cfg.ckpt_path
+    if given is not None or cfg.trainer.get("fast_dev_run"):
+        return given
+    folder, first_process = Path(cfg.output_dir), getattr(rank_zero_only, "rank", 0) == 0
+    config, kept = OmegaConf.to_yaml(cfg), folder / _CONFIG
+    last = folder / "checkpoints" / "last.ckpt"
+    if not kept.exists() or not (last.exists() or (folder / "metrics.csv").exists()):
+        if first_process:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(config)
+        return None
+    if kept.read_text() != config:
+        before, after = set(kept.read_text().splitlines()), set(config.splitlines())
+        changed = ", ".join(line.strip() for line in sorted(after ^ before)[:6])
+        raise ValueError(f"{folder} holds another run ({changed}); choose another folder, or delete this one")
+    if (folder / _FINISHED).exists():
+        return Finished(json.loads((folder / _FINISHED).read_text())["value"])
+    if not last.exists():
+        return None
+    if first_process:
+        keep_metrics(folder / "metrics.csv")
+    return str(last)
+
+
+def finish_run(cfg: DictConfig, value: float | None) -> None:
+    """Note that a run is finished, and join its metrics to those of before an interruption.
+
+    Args:
+        cfg: The composed configuration.
+        value: What the run returns.
+    """
+    folder = Path(cfg.output_dir)
+    merge_metrics(folder / "metrics.csv")
+    if (folder / _CONFIG).exists():  # not with fast_dev_run, nor a run resumed into a folder of its own
+        (folder / _FINISHED).write_text(json.dumps({"value": value}))
