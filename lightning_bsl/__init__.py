@@ -14,6 +14,7 @@ _HOMES = {
     "GradientNormTrigger": "lightning_bsl.callbacks",
     "NoiseScaleTrigger": "lightning_bsl.callbacks",
     "PlateauTrigger": "lightning_bsl.callbacks",
+    "TrainingTime": "lightning_bsl.callbacks",
 }
 __all__ = [
     "AdaptiveBatchLRScheduler",
@@ -24,6 +25,7 @@ __all__ = [
     "GradientNormTrigger",
     "NoiseScaleTrigger",
     "PlateauTrigger",
+    "TrainingTime",
 ]
 
 

@@ -70,8 +70,9 @@ def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own
     warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck")
     warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no `validation_step`")
-    # `~callbacks` and `~logger` leave no such node
-    callbacks = [scheduler, instantiate(cfg.checkpoint), *instantiate(cfg.get("callbacks") or {}).values()]
+    # `~callbacks`, `~logger` and `~training_time` leave no such node
+    always = [instantiate(cfg[name]) for name in ("checkpoint", "training_time") if name in cfg]
+    callbacks = [scheduler, *always, *instantiate(cfg.get("callbacks") or {}).values()]
     loggers = list(instantiate(cfg.get("logger") or {}).values())
     return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False))
 

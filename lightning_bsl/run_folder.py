@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_bsl.report.run import keep_metrics, merge_metrics
+from lightning_bsl.report.runs import FINISHED
 
-_CONFIG, _FINISHED = Path(".hydra/run.yaml"), Path(".hydra/finished.json")
+_CONFIG = ".hydra/run.yaml"
 
 
 class Finished(NamedTuple):
@@ -54,8 +55,8 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
         before, after = set(kept.read_text().splitlines()), set(config.splitlines())
         changed = ", ".join(line.strip() for line in sorted(after ^ before)[:6])
         raise ValueError(f"{folder} holds another run ({changed}); choose another folder, or delete this one")
-    if (folder / _FINISHED).exists():
-        return Finished(json.loads((folder / _FINISHED).read_text())["value"])
+    if (folder / FINISHED).exists():
+        return Finished(json.loads((folder / FINISHED).read_text())["value"])
     if not last.exists():
         return None
     if first_process:
@@ -73,4 +74,4 @@ def finish_run(cfg: DictConfig, value: float | None) -> None:
     folder = Path(cfg.output_dir)
     merge_metrics(folder / "metrics.csv")
     if (folder / _CONFIG).exists():  # not with fast_dev_run, nor a run resumed into a folder of its own
-        (folder / _FINISHED).write_text(json.dumps({"value": value}))
+        (folder / FINISHED).write_text(json.dumps({"value": value}))

@@ -10,6 +10,7 @@ from lightning_bsl.callbacks.adaptive import (
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, plan_fit
 from lightning_bsl.callbacks.gradient_noise import GradientNoiseScale
 from lightning_bsl.callbacks.gradient_norm import FullGradient, FullGradientNorm
+from lightning_bsl.callbacks.training_time import TrainingTime
 
 __all__ = [
     "AdaptiveBatchLRScheduler",
@@ -20,6 +21,7 @@ __all__ = [
     "GradientNormTrigger",
     "NoiseScaleTrigger",
     "PlateauTrigger",
+    "TrainingTime",
     "Trigger",
     "plan_fit",
 ]

@@ -28,7 +28,7 @@ def plot_plan(plan: Plan, path: str | Path, constants: BoundConstants | None = N
         ModuleNotFoundError: matplotlib, the ``report`` extra, is not installed.
     """
     knows_rates = plan.stages[0].lr is not None
-    figure, axes = _figure(2 if knows_rates else 1, 3 if constants else 2, (11, 7.5 if knows_rates else 4))
+    figure, axes = figure_with_axes(2 if knows_rates else 1, 3 if constants else 2, (11, 7.5 if knows_rates else 4))
     top = axes[0] if knows_rates else axes
     trace = _trace(plan)
     for axis, xs, label in ((top[0], trace.epochs, "epochs"), (top[1], trace.steps, "optimizer steps")):
@@ -60,7 +60,7 @@ def plot_comparison(plans: Mapping[str, Plan], path: str | Path, constants: Boun
     Raises:
         ModuleNotFoundError: matplotlib, the ``report`` extra, is not installed.
     """
-    figure, axes = _figure(2, 3 if constants else 2, (14 if constants else 11, 7.5))
+    figure, axes = figure_with_axes(2, 3 if constants else 2, (14 if constants else 11, 7.5))
     for name, plan in plans.items():
         trace = _trace(plan)
         (line,) = axes[0][0].plot(trace.samples, trace.batch_sizes, label=name)
@@ -104,7 +104,7 @@ def plot_run(rows: list[Row], path: str | Path, bound: Sequence[tuple[float, flo
     """
     measured = {"full_gradient_norm": "full gradient norm", "gradient_noise_scale": "gradient noise scale"}
     measured = {name: label for name, label in measured.items() if any(name in row for row in rows)}
-    figure, axes = _figure(3 if measured else 2, 2, (11, 10.5 if measured else 7))
+    figure, axes = figure_with_axes(3 if measured else 2, 2, (11, 10.5 if measured else 7))
     (batch, rate), (loss, quality), *more = axes
     metric = validated(rows)
     ends = epoch_ends(rows)
@@ -139,7 +139,12 @@ def plot_run(rows: list[Row], path: str | Path, bound: Sequence[tuple[float, flo
     figure.savefig(path, dpi=120)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def figure_with_axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty figure of ``rows`` by ``columns`` axes, without pyplot.
+
+    Raises:
+        ModuleNotFoundError: matplotlib, the ``report`` extra, is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,0 +1,82 @@
+"""The clock on the wall beside the metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class TrainingTime(Callback):
+    """Logs ``seconds``: how long the run has trained so far, validation and measurements included.
+
+    It is logged where metrics are written (every ``log_every_n_steps`` steps, after a validation, at the end of an epoch), and
+    saved in checkpoints: a resumed run goes on from the time at which its checkpoint was saved.
+
+    Example:
+        >>> trainer = Trainer(max_epochs=9, callbacks=[TrainingTime()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self) -> None:
+        self._before = 0.0  # the stretches of training that have ended
+        self._started: float | None = None
+        self._fitting = True  # not validating or testing, when a checkpoint's time is not ours
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained so far."""
+        return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin from 0 unless the fit goes on."""
+        self._fitting = stage == "fit"
+        if self._fitting and trainer.global_step == 0:
+            self._before = 0.0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the time."""
+        if self._fitting:
+            self._before = state_dict["seconds"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time so far."""
+        return {"seconds": self.seconds}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log where the Trainer's loggers will write it."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.should_stop or (every and trainer.global_step % every == 0):  # the others would be dropped
+            self._log(pl_module, on_step=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log beside the validation metrics."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._log(pl_module, on_step=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log beside the epoch's metrics."""
+        self._log(pl_module, on_step=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._before, self._started = self.seconds, None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at the end of training, which Lightning does not call then."""
+        self.on_train_end(trainer, pl_module)
+
+    def _log(self, pl_module: LightningModule, on_step: bool) -> None:
+        value = torch.tensor(self.seconds, dtype=torch.float64)
+        # of all processes the longest; only at the end of an epoch, as steps do not wait for each other
+        pl_module.log(
+            "seconds", value, on_step=on_step, on_epoch=not on_step, reduce_fx="max", batch_size=1, sync_dist=not on_step
+        )
