@@ -20,6 +20,7 @@ from lightning_bsl.report import (
     run_table,
     theory_table,
 )
+from lightning_bsl.report.run import keep_metrics, merge_metrics
 from lightning_bsl.schedules import Cosine, Diminishing, Exponential, JointSchedule, plan
 from lightning_bsl.theory import BoundConstants
 
@@ -149,3 +150,32 @@ def test_a_run_is_held_against_its_bound(tmp_path: Path) -> None:
     assert bounds_along(plan(JointSchedule(8), 100, epochs=2), PROBLEM) == []
     plot_run(read_metrics(write(tmp_path / "metrics.csv")) + rows, tmp_path / "curves.png", bounds)
     plot_plan(planned, tmp_path / "plan.png", PROBLEM)
+
+
+def test_metrics_of_before_an_interruption_are_kept(tmp_path: Path) -> None:
+    file = write(tmp_path / "metrics.csv")
+    whole = read_metrics(file)
+    keep_metrics(file)
+    assert not file.exists()
+    # resumed from the checkpoint that the validation of epoch 0 saved: the end of that epoch is logged again, not the validation
+    write(file, FIRST_EPOCH.splitlines()[0] + "\n8.0,0,0.1,100.0,12,1.4,,\n")
+    assert read_metrics(file) == whole[:3]
+    keep_metrics(file)  # killed again, and resumed with a column of its own
+    write(
+        file, "batch_size,epoch,lr,samples,step,train/loss,val/accuracy,val/loss,extra\n" + SECOND_EPOCH.replace("\n", ",7\n")
+    )
+    rows = read_metrics(file)
+    merge_metrics(file)
+    assert rows == read_metrics(file) == [*whole[:3], *(row | {"extra": 7} for row in whole[3:])]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    merge_metrics(file)
+    assert rows == read_metrics(file)
+
+
+def test_metrics_of_a_run_with_nothing_left_to_do(tmp_path: Path) -> None:
+    file = write(tmp_path / "metrics.csv")
+    whole = read_metrics(file)
+    keep_metrics(file)
+    merge_metrics(file)  # resumed from the end of its last epoch, it logs nothing
+    assert read_metrics(file) == whole
+    keep_metrics(tmp_path / "nothing.csv")
