@@ -157,7 +157,7 @@ def test_metrics_of_before_an_interruption_are_kept(tmp_path: Path) -> None:
     whole = read_metrics(file)
     keep_metrics(file)
     assert not file.exists()
-    # resumed from the checkpoint that the validation of epoch 0 saved: the end of that epoch is logged again, not the validation
+    # resumed from the checkpoint that the validation of epoch 0 saved: only the end of that epoch is logged again
     write(file, FIRST_EPOCH.splitlines()[0] + "\n8.0,0,0.1,100.0,12,1.4,,\n")
     assert read_metrics(file) == whole[:3]
     keep_metrics(file)  # killed again, and resumed with a column of its own
