@@ -68,6 +68,8 @@ def distilgpt2(
 
 def _load(transformers: object, name: str, **options: object) -> nn.Module:
     load = transformers.GPT2LMHeadModel.from_pretrained  # type: ignore[attr-defined]
+    if name != HUB_NAME and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name} is no folder that `save_pretrained` wrote: it does not exist")
     try:
         net: nn.Module = load(name, local_files_only=True, **options)
     except OSError as error:
