@@ -52,8 +52,7 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
             kept.write_text(config)
         return None
     if kept.read_text() != config:
-        before, after = set(kept.read_text().splitlines()), set(config.splitlines())
-        changed = ", ".join(line.strip() for line in sorted(after ^ before)[:6])
+        changed = changes(kept.read_text(), config)
         raise ValueError(f"{folder} holds another run ({changed}); choose another folder, or delete this one")
     if (folder / FINISHED).exists():
         return Finished(json.loads((folder / FINISHED).read_text())["value"])
@@ -62,6 +61,17 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
     if first_process:
         keep_metrics(folder / "metrics.csv")
     return str(last)
+
+
+def changes(before: str, after: str) -> str:
+    """The first lines in which two configurations differ.
+
+    Args:
+        before: One, as YAML.
+        after: The other.
+    """
+    differing = set(before.splitlines()) ^ set(after.splitlines())
+    return ", ".join(line.strip() for line in sorted(differing)[:6])
 
 
 def finish_run(cfg: DictConfig, value: float | None) -> None:

@@ -6,6 +6,9 @@ Prints a table, then one line for each bound: ``NAME: ratio X, bound Y``.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import itertools
 import logging
 import struct
 import tempfile
@@ -22,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -33,6 +37,7 @@ from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, I
 from lightning_bsl.data.image import identity
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.schedules import Milestones
+from lightning_bsl.training import train as train_as_configured
 
 BATCH_SIZES = (128, 1024, 4096)
 
@@ -158,15 +163,24 @@ def _bare(images: ImageTensors, batch_size: int) -> int:
 
 def _torchvision_fashion_mnist(images: ImageTensors) -> Dataset[Any]:
     """Let torchvision read the images from idx files."""
-    normalise = T.Normalize(FashionMNIST.mean, FashionMNIST.std)
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "FashionMNIST" / "raw"
-        raw.mkdir(parents=True)
-        for kind, values in (("images-idx3", images.images[:, 0]), ("labels-idx1", images.labels.byte())):
-            header = struct.pack(f">{values.ndim + 1}I", 2048 + values.ndim, *values.shape)
-            for split in ("train", "t10k"):
-                (raw / f"{split}-{kind}-ubyte").write_bytes(header + values.numpy().tobytes())
-        return cast("Dataset[Any]", datasets.FashionMNIST(folder, transform=T.Compose([T.ToTensor(), normalise])))
+        _write_fashion_mnist(images, Path(folder))
+        return _read_by_torchvision(Path(folder))
+
+
+def _write_fashion_mnist(images: ImageTensors, root: Path) -> None:
+    """The images as idx files, to train with and to validate with, where torchvision looks for them."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for kind, values in (("images-idx3", images.images[:, 0]), ("labels-idx1", images.labels.byte())):
+        header = struct.pack(f">{values.ndim + 1}I", 2048 + values.ndim, *values.shape)
+        for split in ("train", "t10k"):
+            (raw / f"{split}-{kind}-ubyte").write_bytes(header + values.numpy().tobytes())
+
+
+def _read_by_torchvision(root: Path) -> Dataset[Any]:
+    normalise = T.Normalize(FashionMNIST.mean, FashionMNIST.std)
+    return cast("Dataset[Any]", datasets.FashionMNIST(str(root), transform=T.Compose([T.ToTensor(), normalise])))
 
 
 def _torchvision_cifar10(images: ImageTensors) -> Dataset[Any]:
@@ -450,6 +464,88 @@ def _augmenting_loader(images: ImageTensors, batch_size: int) -> DataLoader[Any]
     return DataLoader(theirs, batch_size, shuffle=True)
 
 
+# --- train: a whole run of train.py against the papers' way to it, and against the arithmetic that neither can do without ---
+
+
+def train(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare runs with a batch that doubles every epoch and a full gradient norm after each; nothing is validated."""
+    images = _training_set(FashionMNIST, arguments.fashion_mnist_root)
+    images = ImageTensors(images.images[: arguments.images], images.labels[: arguments.images])
+    device = torch.device("cuda" if arguments.gpu else "cpu")
+    sizes = [128 * 2**epoch for epoch in range(arguments.epochs)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_fashion_mnist(images, folder)
+        candidates = {
+            "ours": partial(_train_ours, folder, arguments, sizes),
+            "the papers' way": partial(_train_the_papers_way, folder, arguments.width, device, sizes),
+            "arithmetic": partial(_train_bare, images, arguments.width, device, sizes),
+        }
+        epochs = rates(candidates, arguments.rounds)
+    seconds = {name: 1 / epochs[name] for name in candidates}
+    print(f"seconds per epoch of {len(images):,} images, the whole run counted, medians; network of width {arguments.width}")
+    rows = [[name, f"{each:.3f}", f"{each / seconds['arithmetic']:.3f}"] for name, each in seconds.items()]
+    print(table(["", "seconds", "over arithmetic"], rows))
+    return [Bound("train/fashion_mnist/over_the_papers_way", seconds["ours"] / seconds["the papers' way"], 0.5)]
+
+
+_RUNS = itertools.count()
+
+
+def _train_ours(root: Path, arguments: argparse.Namespace, sizes: Sequence[int]) -> int:
+    """All that scripts/train.py does, from composing the configuration to drawing the figure; returns the epochs."""
+    overrides = [
+        "data=fashion_mnist",
+        f"data.root={root}",
+        f"data.samples_per_epoch={arguments.images}",
+        f"+model.net.width={arguments.width}",
+        f"scheduler.batch_size.start={sizes[0]}",
+        "scheduler.batch_size.every=1",
+        "scheduler.lr.every=1",
+        "callbacks=full_gradient_norm",
+        f"trainer={'gpu' if arguments.gpu else 'cpu'}",
+        f"trainer.max_epochs={len(sizes)}",
+        "trainer.enable_progress_bar=false",
+        "+trainer.limit_val_batches=0",
+        f"output_dir={root / f'run_{next(_RUNS)}'}",
+    ]
+    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_as_configured(cfg)
+    return len(sizes)
+
+
+def _train_the_papers_way(root: Path, width: int, device: torch.device, sizes: Sequence[int]) -> int:
+    """A loader with two workers for each epoch, each image through PIL; and a second pass over it for the gradient."""
+    images, net = _read_by_torchvision(root), cnn5(width=width).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for size in sizes:
+        loader = DataLoader(images, size, shuffle=True, num_workers=2)
+        _train_epoch(net, optimizer, ((x.to(device), y.to(device)) for x, y in loader))
+        _full_gradient(net, ((x.to(device), y.to(device)) for x, y in loader))
+    return len(sizes)
+
+
+def _train_bare(images: ImageTensors, width: int, device: torch.device, sizes: Sequence[int]) -> int:
+    """The forward and backward passes and the steps, on floats in memory."""
+    net = cnn5(width=width).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x = ((images.images / 255 - FashionMNIST.mean[0]) / FashionMNIST.std[0]).to(device)
+    y = images.labels.to(device)
+    for size in sizes:
+        _train_epoch(net, optimizer, ((x[rows], y[rows]) for rows in torch.randperm(len(x), device=device).split(size)))
+        _full_gradient(net, zip(x.split(1024), y.split(1024), strict=True))
+    return len(sizes)
+
+
+def _train_epoch(net: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Any) -> None:
+    for x, y in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
 def main() -> None:
     """Run the subject named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -472,6 +568,14 @@ def main() -> None:
 
     subject = subjects.add_parser("gradient_norm", help="the time of a full gradient norm")
     subject.set_defaults(run=gradient_norm)
+
+    subject = subjects.add_parser("train", help="whole runs, against the papers' way and the arithmetic alone")
+    subject.add_argument("--fashion-mnist-root", help="folder of the real Fashion-MNIST; random images by default")
+    subject.add_argument("--images", type=int, default=6000, help="so many images of the set")
+    subject.add_argument("--epochs", type=int, default=4)
+    subject.add_argument("--width", type=int, default=40, help="of cnn5; with 4 a CPU has little arithmetic to do")
+    subject.add_argument("--gpu", action="store_true", help="train on a GPU")
+    subject.set_defaults(run=train)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

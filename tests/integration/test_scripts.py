@@ -8,7 +8,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pytest
@@ -17,36 +16,11 @@ from omegaconf import DictConfig
 
 from lightning_bsl.experiment import make_plan
 from lightning_bsl.schedules import Progress
+from tests.integration.conftest import Run
 from tests.test_conf import compose_config
 
 ROOT = Path(__file__).parents[2]
 FIRST_COLUMNS = ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
-
-
-class Run(Protocol):
-    def __call__(self, script: str, *overrides: str, folder: Path, fails: bool = False) -> str: ...
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a script as ``python scripts/...`` would, in this process, which spares it the imports; returns all it prints."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_script(script: str, *overrides: str, folder: Path, fails: bool = False) -> str:
-        flags = [override for override in overrides if override.startswith("-")]
-        folders = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
-        rest = [override for override in overrides if not override.startswith("-")]
-        monkeypatch.setattr(sys, "argv", [script, *flags, *folders, *rest])
-        try:
-            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-            code: object = 0
-        except SystemExit as end:  # Hydra's way to say that the job failed
-            code = end.code
-        out, err = capfd.readouterr()
-        assert bool(code) == fails, out + err
-        return out + err
-
-    return run_script
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -283,7 +257,7 @@ def test_warns_once_of_the_plan(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "subject, bounds", [("callback", 2), ("data", 9), ("switch", 2), ("noise_scale", 1), ("gradient_norm", 2)]
+    "subject, bounds", [("callback", 2), ("data", 9), ("switch", 2), ("noise_scale", 1), ("gradient_norm", 2), ("train", 1)]
 )
 def test_benchmark_ends_with_its_ratios(subject: str, bounds: int) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--rounds", "1", subject]

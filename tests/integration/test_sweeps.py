@@ -1,0 +1,110 @@
+"""Sweeps: through Hydra's launchers, after an interruption, and those of the presets under conf/experiment."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+
+from lightning_bsl import AdaptiveBatchLRScheduler
+from lightning_bsl.experiment import make_plan
+from tests.integration.conftest import ROOT, Run
+from tests.test_conf import choices, compose_config
+
+TINY = ("data=quadratic", "data.num_examples=256", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
+        "trainer.log_every_n_steps=2")  # fmt: skip
+SWEEPS = [experiment for experiment in choices("experiment") if experiment != "surge_distilgpt2"]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *TINY, "seed=0,1", *launcher]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300)
+    runs = [tmp_path / "sweep" / number for number in ("0", "1")]
+    assert all((run / ".hydra" / "finished.json").exists() for run in runs)
+    first, second = [(run / "metrics.csv").read_text() for run in runs]
+    assert first != second
+
+
+def test_jobs_of_a_cluster_compose() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    cfg = compose_config(*TINY, "hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=1")
+    assert "submitit" in cfg.hydra.launcher._target_
+    assert cfg.hydra.launcher.gpus_per_node == 1
+
+
+def test_an_interrupted_sweep_goes_on(run: Run, tmp_path: Path) -> None:
+    sweep, whole = tmp_path / "sweep", tmp_path / "whole"
+    overrides = ("-m", "data=quadratic", "seed=0,1,2", "scheduler=increasing", "scheduler.batch_size.start=32",
+                 "~training_time", "trainer.max_epochs=8", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7")  # fmt: skip
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, f"hydra.sweep.dir={sweep}"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while not (sweep / "1" / "checkpoints" / "last.ckpt").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        process.kill()
+    assert (sweep / "1" / "checkpoints" / "last.ckpt").exists()
+    assert not (sweep / "1" / ".hydra" / "finished.json").exists()  # killed early enough
+    assert not (sweep / "2").exists()
+    first = sweep / "0" / "metrics.csv"
+    before = first.stat().st_mtime_ns, first.read_bytes()
+    plan = (sweep / "1" / "plan.csv").read_bytes()
+
+    printed = run("train.py", *overrides, folder=sweep)
+    assert f"{sweep / '0'}: finished before, not trained again" in printed
+    assert printed.count("finished before") == 1
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == before
+    run("train.py", *overrides, folder=whole)
+    for number in ("0", "1", "2"):
+        assert (sweep / number / "metrics.csv").read_bytes() == (whole / number / "metrics.csv").read_bytes(), number
+        ends = [json.loads((folder / number / ".hydra" / "finished.json").read_text()) for folder in (sweep, whole)]
+        assert ends[0] == ends[1] and ends[0]["value"] is not None
+        assert not (sweep / number / "metrics.before.csv").exists()
+    assert (sweep / "1" / "plan.csv").read_bytes() == plan
+    assert run("train.py", *overrides, folder=sweep).count("finished before") == 3
+
+
+def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path) -> None:
+    run("train.py", *TINY, folder=tmp_path)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    printed = run("train.py", *TINY, "model.condition=20", folder=tmp_path, fails=True)
+    assert "holds another run (condition: 10, condition: 20)" in printed
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    assert "finished before" in run("train.py", *TINY, folder=tmp_path)
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
+def test_the_runs_of_an_experiment(experiment: str) -> None:
+    whole = compose_config(f"experiment={experiment}").hydra
+    assert (whole.mode.name, whole.sweep.dir) == ("MULTIRUN", f"runs/{experiment}")
+    params = {name: str(values).split(",") for name, values in whole.sweeper.params.items()}
+    assert params.pop("seed") == ["0", "1", "2"]
+    assert params
+    for values in itertools.product(*({values[0], values[-1]} for values in params.values())):
+        given = [f"{name}={value}" for name, value in zip(params, values)]
+        cfg = compose_config(f"experiment={experiment}", *given)
+        for name, value in zip(params, values):
+            if name in cfg.hydra.runtime.choices:
+                assert cfg.hydra.runtime.choices[name] == value
+        scheduler, datamodule = instantiate(cfg.scheduler), instantiate(cfg.data)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*(gamma|at its maximum).*")  # what theory speaks against is compared too
+            plan = make_plan(cfg, scheduler, datamodule)
+        if isinstance(scheduler, AdaptiveBatchLRScheduler):
+            assert plan is None
+            continue
+        assert plan is not None, given
+        assert plan.steps == cfg.trainer.max_steps or plan.epochs == cfg.trainer.max_epochs, given
+
+
+def test_there_is_a_small_one_of_each() -> None:
+    assert {f"{sweep.removesuffix('_small')}_small" for sweep in SWEEPS} <= set(SWEEPS)
