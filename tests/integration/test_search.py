@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_goes_on_with_more_trials(run: Run, tmp_path: Path) -> None:
     *_, command = printed.strip().splitlines()
     best = min(five, key=lambda trial: trial[3])
     assert command.startswith("python scripts/train.py data=quadratic data.num_examples=256")
-    repeated = compose_config(*command.split()[2:])
+    repeated = compose_config(*shlex.split(command)[2:])
     scheduler = repeated.scheduler
     assert scheduler.batch_size.start == best[2]["b_0"]
     assert scheduler.batch_size.factor == pytest.approx(best[2]["delta"], rel=1e-3)

@@ -45,7 +45,8 @@ def test_jobs_of_a_cluster_compose() -> None:
 def test_an_interrupted_sweep_goes_on(run: Run, tmp_path: Path) -> None:
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
     overrides = ("-m", "data=quadratic", "seed=0,1,2", "scheduler=increasing", "scheduler.batch_size.start=32",
-                 "~training_time", "trainer.max_epochs=8", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7")  # fmt: skip
+                 "trainer.max_epochs=8", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7",
+                 "~training_time")  # fmt: skip
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, f"hydra.sweep.dir={sweep}"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         end = time.monotonic() + 120
