@@ -72,7 +72,9 @@ def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
     warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no `validation_step`")
     # `~callbacks`, `~logger` and `~training_time` leave no such node
     always = [instantiate(cfg[name]) for name in ("checkpoint", "training_time") if name in cfg]
-    callbacks = [scheduler, *always, *instantiate(cfg.get("callbacks") or {}).values()]
+    given = (cfg.get("callbacks") or {}).values()
+    # what an experiment says of a callback that is not chosen is no callback
+    callbacks = [scheduler, *always, *(instantiate(callback) for callback in given if "_target_" in callback)]
     loggers = list(instantiate(cfg.get("logger") or {}).values())
     return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False))
 

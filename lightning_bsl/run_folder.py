@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -41,10 +41,12 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
         ValueError: The folder holds a run with another configuration.
     """
     given: str | None = cfg.ckpt_path
-    if given is not None or cfg.trainer.get("fast_dev_run"):
-        return given
     folder, first_process = Path(cfg.output_dir), getattr(rank_zero_only, "rank", 0) == 0
-    config, kept = OmegaConf.to_yaml(cfg), folder / _CONFIG
+    if given is not None or cfg.trainer.get("fast_dev_run"):
+        if given is not None and first_process and folder.resolve() in Path(given).resolve().parents:
+            keep_metrics(folder / "metrics.csv")
+        return given
+    config, kept = _trained(cfg), folder / _CONFIG
     last = folder / "checkpoints" / "last.ckpt"
     if not kept.exists() or not (last.exists() or (folder / "metrics.csv").exists()):
         if first_process:
@@ -81,7 +83,20 @@ def finish_run(cfg: DictConfig, value: float | None) -> None:
         cfg: The composed configuration.
         value: What the run returns.
     """
+    if cfg.trainer.get("fast_dev_run"):
+        return
     folder = Path(cfg.output_dir)
     merge_metrics(folder / "metrics.csv")
-    if (folder / _CONFIG).exists():  # not with fast_dev_run, nor a run resumed into a folder of its own
+    if (folder / _CONFIG).exists() and (folder / _CONFIG).read_text() == _trained(cfg):
         (folder / FINISHED).write_text(json.dumps({"value": value}))
+
+
+def _trained(cfg: DictConfig) -> str:
+    """The configuration but for what does not change the training, as YAML."""
+    config = cast("dict[str, Any]", OmegaConf.to_container(cfg))
+    for name in ("ckpt_path", "logger"):
+        config.pop(name, None)
+    for node, names in (("data", ("root", "download", "num_workers")), ("trainer", ("accelerator", "devices", "strategy"))):
+        for name in (*names, *(key for key in config[node] if key.startswith("enable_"))):
+            config[node].pop(name, None)
+    return OmegaConf.to_yaml(OmegaConf.create(config))

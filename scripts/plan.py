@@ -57,6 +57,7 @@ def _with_scheduler(name: str) -> DictConfig:
 
 def _hydra_arguments(arguments: list[str]) -> list[str]:
     """`--compare a,b` as an override, which is all that Hydra lets through."""
+    arguments = [*arguments, "hydra.mode=RUN"]  # an experiment may be a sweep: its first plan, in a folder of its own
     parser = argparse.ArgumentParser(usage="%(prog)s [OVERRIDE ...] [--compare SCHEDULERS]", add_help=False, allow_abbrev=False)
     parser.add_argument("--compare")
     given, rest = parser.parse_known_args(arguments)

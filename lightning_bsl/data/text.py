@@ -34,7 +34,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _KINDS = (".txt", ".jsonl", ".json", ".parquet")
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train|val|dev|test)(?:id|idation)?(?![a-z])", re.IGNORECASE)
-_FORMAT = 1  # of the cache
+_FORMAT = 2  # of the cache
 
 
 class TokenBlocks(Dataset[Tensor]):
@@ -56,6 +56,7 @@ class TokenBlocks(Dataset[Tensor]):
     """
 
     takes_tensors: ClassVar[bool] = True  # of indices: a list of them costs more than the gather
+    path: Path | None = None  # of the file that holds these tokens and no others
 
     def __init__(self, tokens: npt.NDArray[Any], block_size: int) -> None:
         if block_size < 2:
@@ -84,13 +85,15 @@ class TokenBlocks(Dataset[Tensor]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send a worker the file's name, not what is in it."""
-        if isinstance(self.tokens, np.memmap):
-            return _open_blocks, (self.tokens.filename, self.tokens.dtype.str, self.block_size)
-        return type(self), (self.tokens, self.block_size)
+        if self.path is not None:
+            return _open_blocks, (self.path, self.tokens.dtype.str, self.block_size)
+        return type(self), (np.asarray(self.tokens), self.block_size)
 
 
-def _open_blocks(path: str | Path, dtype: str, block_size: int) -> TokenBlocks:
-    return TokenBlocks(np.memmap(path, dtype, mode="r"), block_size)
+def _open_blocks(path: Path, dtype: str, block_size: int) -> TokenBlocks:
+    blocks = TokenBlocks(np.memmap(path, dtype, mode="r"), block_size)
+    blocks.path = path
+    return blocks
 
 
 def identity(batch: Tensor) -> Tensor:
@@ -248,12 +251,7 @@ class TextDataModule(BatchSizeDataModule):
         if trained:
             tokenizer = train_tokenizer((text for split, text in self._split(held_out) if split == "train"), self.vocab_size)
         end = tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise ValueError(f"`tokenizer={self.tokenizer}` has no token {END_OF_TEXT}, which has to part the documents")
-        size = tokenizer.get_vocab_size()
-        if size > self.vocab_size:
-            raise ValueError(f"`tokenizer={self.tokenizer}` has {size} tokens, so write `vocab_size={size}`")
-        dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
+        dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
         counts: Counter[str] = Counter()
         documents = self._split(held_out)
         with ExitStack() as stack:
@@ -288,12 +286,11 @@ class TextDataModule(BatchSizeDataModule):
             )
         held_out: set[bytes] = set()
         missing = self.val_fraction * sum(lengths.values())
-        for digest in sorted(lengths)[:-1]:  # in an order that nobody has chosen
-            if missing <= 0:
-                break
-            held_out.add(digest)
-            missing -= lengths[digest]
-        return held_out
+        for digest in sorted(lengths):  # in an order that nobody has chosen
+            if lengths[digest] <= missing:
+                held_out.add(digest)
+                missing -= lengths[digest]
+        return held_out or {min(lengths, key=lambda digest: (lengths[digest], digest))}
 
     def _given_tokenizer(self, connect: bool) -> Any:
         """The tokenizer, ``None`` if one is to be trained."""
@@ -310,7 +307,12 @@ class TextDataModule(BatchSizeDataModule):
                 if connect:
                     warnings.warn(f"a tokenizer is trained on the data instead of GPT-2's: {error}", stacklevel=3)
                 return None
-        return read_tokenizer(path)
+        tokenizer = read_tokenizer(path)
+        if tokenizer.token_to_id(END_OF_TEXT) is None:
+            raise ValueError(f"`tokenizer={self.tokenizer}` has no token {END_OF_TEXT}, which has to part the documents")
+        if (size := tokenizer.get_vocab_size()) > self.vocab_size:
+            raise ValueError(f"`tokenizer={self.tokenizer}` has {size} tokens, so write `vocab_size={size}`")
+        return tokenizer
 
 
 class TextFolder(TextDataModule):
@@ -362,7 +364,8 @@ class TextFolder(TextDataModule):
         """Yield the documents of every file."""
         folder = self.locate()
         for path in self._files(folder):
-            name = _SPLIT_NAME.search(path.relative_to(folder).as_posix())
+            names = (_SPLIT_NAME.search(part) for part in reversed(path.relative_to(folder).parts))
+            name = next((each for each in names if each), None)  # the deepest folder or file that says so
             found = name[1].lower() if name else "train"
             split: Split = "val" if found == "dev" else found  # type: ignore[assignment]
             for text in self._texts(path):
@@ -384,6 +387,7 @@ class TextFolder(TextDataModule):
             for path in folder.rglob("*")
             if path.suffix in _KINDS
             and path.is_file()
+            and not (path.parent / "about.json").is_file()  # a cache
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
             and not (cache_inside and caches in path.resolve().parents)
         )
@@ -434,12 +438,15 @@ class ELI5Category(TextFolder):
     def locate(self) -> Path:
         """Return the folder with the files."""
         for folder in (self.root / "eli5_category", self.root):
-            if any(_SPLIT_NAME.search(path.relative_to(folder).as_posix()) for path in self._files(folder)):
+            if any(_SPLIT_NAME.search(path.relative_to(folder).parts[0]) for path in self._files(folder)):
                 return folder
         raise FileNotFoundError(
             f"ELI5-Category is not in {self.root}. Write `data.download=true` where {self.hub_name} can be reached on "
             f"huggingface.co. Elsewhere, {self._by_hand()}"
         )
+
+    def _files(self, folder: Path) -> list[Path]:
+        return [path for path in super()._files(folder) if path.suffix != ".txt"]
 
     def fetch(self) -> None:
         """Download from the hub with `datasets`, a Parquet file for each split."""
@@ -580,15 +587,15 @@ def _records(path: Path, column: str) -> Iterator[Any]:
         for batch in file.iter_batches(1000, columns=columns):
             yield from batch.to_pylist()
         return
-    with open(path, encoding="utf-8") as lines:
-        is_list = lines.read(1) == "["
-        lines.seek(0)
+    with open(path, encoding="utf-8-sig") as lines:
         try:
+            is_list = lines.read(1) == "["
+            lines.seek(0)
             if is_list:
                 yield from json.load(lines)
             else:
                 yield from (json.loads(line) for line in lines if line.strip())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # of JSON, or of UTF-8
             raise ValueError(f"{path} is neither a JSON list of records nor one record a line: {error}") from error
 
 

@@ -54,7 +54,7 @@ def distilgpt2(
     transformers = text_library("transformers")
     sizes = {"vocab_size": vocab_size, "n_positions": n_positions, "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
     dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-    if pretrained is False:
+    if not pretrained:
         # no token ids of its own: its defaults lie outside a smaller vocabulary
         config = transformers.GPT2Config(**sizes, **dropouts, use_cache=False, bos_token_id=None, eos_token_id=None)
         net: nn.Module = transformers.GPT2LMHeadModel(config)

@@ -146,7 +146,7 @@ class CausalLM(LightningModule):
     def _evaluate(self, batch: Tensor, loss: MeanMetric, perplexity: Perplexity) -> None:
         logits = self(batch)
         loss.update(_loss(logits, batch).expand(len(batch)))
-        perplexity.update(logits[:, :-1], batch[:, 1:])
+        perplexity.update(logits[:, :-1].float(), batch[:, 1:])  # its softmax is taken in their precision
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ def _columns(row: dict[str, str]) -> frozenset[str]:
 
 def _read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        # an interruption may have cut the last row short
+        return [row for row in csv.DictReader(file) if "step" not in row or (row["step"] or "").isdigit()]
 
 
 def _write(rows: list[dict[str, str]], path: Path) -> None:

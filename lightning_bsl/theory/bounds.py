@@ -201,7 +201,7 @@ def asymptotic_rates(schedule: JointSchedule) -> Rates | None:
     """P1's rate for a schedule whose stages are a number of *steps* long; ``None`` for one that the paper does not treat.
 
     T counts steps and M stages, delta and gamma are the growth of batch size and learning rate per stage. A batch size at its
-    ``maximum`` is constant again. For gamma^2 >= delta the rate is derived here.
+    ``maximum`` is constant again. For gamma^2 >= delta, and for batches that grow linearly or slower, the rate is derived here.
 
     Args:
         schedule: Batch size and learning rate.
@@ -214,7 +214,8 @@ def asymptotic_rates(schedule: JointSchedule) -> Rates | None:
         Rates(case='iii', bias='O(gamma^-M)', variance='O(gamma^-M)')
     """
     batch, lr = schedule.batch_size, schedule.lr
-    grows = (isinstance(batch, Exponential) and batch.factor > 1) or (isinstance(batch, Polynomial) and batch.slope > 0)
+    power = batch.power if isinstance(batch, Polynomial) and batch.slope > 0 else 0.0
+    grows = (isinstance(batch, Exponential) and batch.factor > 1) or power > 0
     if not (grows or isinstance(batch, Constant)):
         return None
     if isinstance(lr, Warmup):
@@ -229,6 +230,8 @@ def asymptotic_rates(schedule: JointSchedule) -> Rates | None:
     if isinstance(lr, Diminishing):
         return Rates("ii", "O(1/sqrt T)", "O(1/sqrt T)") if grows else Rates("i", "O(1/sqrt T)", "O(log T / sqrt T)")
     if isinstance(lr, (Constant, Cosine, PolynomialDecay)):
+        if 0 < power <= 1:  # sum_t 1 / b_t diverges
+            return Rates("ii", "O(1/T)", "O(log T / T)" if power == 1 else f"O(T^-{power:g})")
         return Rates("ii", "O(1/T)", "O(1/T)") if grows else Rates("i", "O(1/T)", "does not vanish")
     return None
 

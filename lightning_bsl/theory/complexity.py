@@ -5,7 +5,6 @@ SFO (stochastic first-order oracle) complexity is the number of single-example g
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from typing import Literal, NamedTuple, cast
@@ -45,6 +44,8 @@ def steps_to_reach(eps: float, batch_size: float, lr: float, constants: BoundCon
         1147
     """
     _check_eps(eps)
+    if not batch_size > 0:
+        raise ValueError(f"`batch_size={batch_size}` must be above 0")
     bias, variance = constants.factors(lr)
     room = eps**2 * batch_size - variance * lr
     if room <= 0:
@@ -93,7 +94,16 @@ def critical_batch_size(eps: float, lr: float, constants: BoundConstants) -> flo
 
 
 def optimal_gamma(delta: float) -> float:
-    """sqrt(delta), the growth of the learning rate per stage with the smallest [`sfo_exponent`][] (P2)."""
+    """sqrt(delta), the growth of the learning rate per stage with the smallest [`sfo_exponent`][] (P2).
+
+    Args:
+        delta: Growth of the batch size per stage, 1 or more.
+
+    Raises:
+        ValueError: A smaller one.
+    """
+    if not delta >= 1:
+        raise ValueError(f"`delta={delta}` must be 1 or more")
     return math.sqrt(delta)
 
 
@@ -159,12 +169,14 @@ def growth_to_reach(
         raise ValueError(f"`gamma={gamma}` must be above 0")
     if unit not in ("step", "epoch"):
         raise ValueError(f"unknown unit {unit!r}; write 'step' or 'epoch'")
-    if unit == "epoch" and num_examples is None:
+    if num_examples is None and unit == "epoch":
         raise ValueError("stages of epochs need `num_examples`, the examples of one")
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"`num_examples={num_examples}` must be 1 or more")
     terms: list[BoundTerms] = []
     total, lowest = BoundTerms(0, 0, 0.0, 0.0, 0.0), math.inf
     why = "too little of it is gone after any number of stages"
-    for stage in itertools.count():
+    for stage in range(_MOST_STAGES):
         try:
             size, rate = min(batch_size * delta**stage, num_examples or sys.float_info.max), lr * gamma**stage
         except OverflowError:
@@ -187,11 +199,16 @@ def growth_to_reach(
         lowest = min(lowest, total.bound(constants))
         if rate < 1e-17 * before:
             break
+    else:
+        why = "it takes more stages"
     raise ValueError(
         f"the bound does not fall to eps = {eps:g}, only to {math.sqrt(lowest):.4g} in {len(terms)} stages: {why}. Write a "
         f"larger eps, a smaller first learning rate, or another growth; gamma just below sqrt(delta) = "
         f"{math.sqrt(delta):.6g} takes the fewest samples{_STALLED if unit == 'epoch' else ''}"
     )
+
+
+_MOST_STAGES = 10_000
 
 
 def _terms(steps: float, batch_size: float, lr: float) -> BoundTerms:

@@ -14,7 +14,7 @@ import pytest
 from hydra.utils import instantiate
 
 from lightning_bsl import AdaptiveBatchLRScheduler
-from lightning_bsl.experiment import make_plan
+from lightning_bsl.experiment import make_plan, make_trainer
 from tests.integration.conftest import ROOT, Run
 from tests.test_conf import choices, compose_config
 
@@ -81,6 +81,35 @@ def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path) -> None:
     assert "holds another run (condition: 10, condition: 20)" in printed
     assert (tmp_path / "metrics.csv").read_bytes() == before
     assert "finished before" in run("train.py", *TINY, folder=tmp_path)
+
+
+def test_what_is_not_training_may_change(run: Run, tmp_path: Path) -> None:
+    run("train.py", *TINY, folder=tmp_path)
+    assert "finished before" in run("train.py", *TINY, "data.num_workers=1", "logger=none", folder=tmp_path)
+
+
+def test_a_smoke_test_finishes_nothing(run: Run, tmp_path: Path) -> None:
+    run("train.py", *TINY, folder=tmp_path)
+    (tmp_path / ".hydra" / "finished.json").unlink()  # as if interrupted
+    before = (tmp_path / "metrics.csv").read_bytes()
+    run("train.py", *TINY, "+trainer.fast_dev_run=true", folder=tmp_path)
+    assert not (tmp_path / ".hydra" / "finished.json").exists()
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_resumed_by_hand_in_its_own_folder(run: Run, tmp_path: Path) -> None:
+    options = (*TINY, "~training_time", "trainer.max_epochs=4")
+    run("train.py", *options, folder=tmp_path / "whole")
+    run("train.py", *options, "checkpoint.filename=end", "+checkpoint.save_top_k=-1", folder=tmp_path / "cut")
+    checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    run("train.py", *options, f"ckpt_path='{checkpoint}'", folder=tmp_path / "cut")
+    assert (tmp_path / "cut" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+
+def test_a_callback_that_is_not_chosen_is_none(run: Run, tmp_path: Path) -> None:
+    cfg = compose_config("experiment=p1_cases_small", "callbacks=none", f"hydra.runtime.output_dir={tmp_path}")
+    names = [type(callback).__name__ for callback in make_trainer(cfg, instantiate(cfg.scheduler)).callbacks]
+    assert "FullGradientNorm" not in names
 
 
 @pytest.mark.parametrize("experiment", SWEEPS)

@@ -172,6 +172,15 @@ def test_metrics_of_before_an_interruption_are_kept(tmp_path: Path) -> None:
     assert rows == read_metrics(file)
 
 
+def test_a_row_that_an_interruption_has_cut(tmp_path: Path) -> None:
+    whole = read_metrics(write(tmp_path / "metrics.csv"))
+    file = write(tmp_path / "metrics.csv", FIRST_EPOCH + SECOND_EPOCH + "16.0,1,0.1")
+    assert read_metrics(file) == whole
+    keep_metrics(file)
+    merge_metrics(file)
+    assert read_metrics(file) == whole
+
+
 def test_metrics_of_a_run_with_nothing_left_to_do(tmp_path: Path) -> None:
     file = write(tmp_path / "metrics.csv")
     whole = read_metrics(file)

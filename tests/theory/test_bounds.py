@@ -251,7 +251,10 @@ def test_rates_of_case_iv() -> None:
     (JointSchedule(8, Exponential(0.1, factor=1.1)), None),
     (JointSchedule(8, Warmup(0.1, Constant(0.5), over=3)), None),
     (JointSchedule(Milestones([8, 16], at=[3]), 0.1), None),
-    (JointSchedule(Polynomial(8, slope=2), 0.1), ("ii", "O(1/T)", "O(1/T)")),
+    (JointSchedule(Polynomial(8, slope=2), 0.1), ("ii", "O(1/T)", "O(log T / T)")),
+    (JointSchedule(Polynomial(8, slope=2, power=2), 0.1), ("ii", "O(1/T)", "O(1/T)")),
+    (JointSchedule(Polynomial(8, slope=2, power=0.5), 0.1), ("ii", "O(1/T)", "O(T^-0.5)")),
+    (JointSchedule(Polynomial(8, slope=2, power=0.5), Diminishing(0.1)), ("ii", "O(1/sqrt T)", "O(1/sqrt T)")),
     (JointSchedule(8), None),
 ])  # fmt: skip
 def test_rates_of_other_schedules(schedule: JointSchedule, rates: tuple[str, str, str] | None) -> None:

@@ -85,6 +85,14 @@ def test_the_exponent_is_that_of_the_samples(delta: float, gamma: float) -> None
     assert sfo_exponent(delta, gamma) > 4 == pytest.approx(sfo_exponent(delta, math.sqrt(delta)))
 
 
+def test_numbers_that_make_no_sense() -> None:
+    for batch_size in (0, -3):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size}"):
+            steps_to_reach(0.1, batch_size, 0.1, PROBLEM)
+    with pytest.raises(ValueError, match="delta=-1"):
+        optimal_gamma(-1)
+
+
 def test_an_exponent_beyond_all_samples() -> None:
     assert sfo_exponent(2, 2) == sfo_exponent(2, 3) == math.inf
     for arguments in ((1, 1.2), (2, 1)):
@@ -132,6 +140,8 @@ def test_a_stall_is_noted() -> None:
     ({"every": 0}, "`every=0` must be 1 or more"),
     ({"unit": "samples"}, "unknown unit 'samples'; write 'step' or 'epoch'"),
     ({"unit": "epoch"}, "need `num_examples`"),
+    ({"delta": 1, "gamma": 1, "eps": 0.01}, "it takes more stages"),
+    ({"num_examples": 0}, "`num_examples=0` must be 1 or more"),
     ({"lr": 1.5}, "below 2/L = 1, but the largest is 1.5"),
 ])  # fmt: skip
 def test_refusals(change: dict[str, Any], message: str) -> None:
