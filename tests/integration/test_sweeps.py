@@ -100,8 +100,8 @@ def test_a_smoke_test_finishes_nothing(run: Run, tmp_path: Path) -> None:
 def test_resumed_by_hand_in_its_own_folder(run: Run, tmp_path: Path) -> None:
     options = (*TINY, "~training_time", "trainer.max_epochs=4")
     run("train.py", *options, folder=tmp_path / "whole")
-    run("train.py", *options, "checkpoint.filename=end", "+checkpoint.save_top_k=-1", folder=tmp_path / "cut")
-    checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    run("train.py", *options, "+checkpoint.save_top_k=-1", folder=tmp_path / "cut")
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("epoch=1-*.ckpt")
     run("train.py", *options, f"ckpt_path='{checkpoint}'", folder=tmp_path / "cut")
     assert (tmp_path / "cut" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
 
