@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.test_scripts import Run, run  # noqa: F401
+from tests.integration.conftest import Run
 
 CASES = ("constant_decaying", "increasing_decaying", "increasing_both", "increasing_warmup")
 
 
 @pytest.mark.parametrize("seeds", [pytest.param(20, marks=pytest.mark.slow), 2])
-def test_every_run_stays_below_its_bound(seeds: int, run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_every_run_stays_below_its_bound(seeds: int, run: Run, tmp_path: Path) -> None:
     printed = run(
         "train.py", "-m", "data=quadratic", f"scheduler={','.join(CASES)}", f"seed=range({seeds})", "data.num_examples=1024",
         "callbacks=full_gradient_norm", "trainer.max_epochs=10", "trainer.enable_progress_bar=false", folder=tmp_path / "runs",
@@ -35,7 +35,7 @@ def rows(path: Path, name: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_case_iii_falls_by_gamma_a_stage_while_noise_dominates(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_case_iii_falls_by_gamma_a_stage_while_noise_dominates(run: Run, tmp_path: Path) -> None:
     """The noise floor of a stage is eta sigma^2 / b, so it falls by delta / gamma: by gamma at gamma = sqrt(delta)."""
     every, stages = 120, 7
     run(
