@@ -53,6 +53,10 @@ addEventListener("message", event => { document.querySelector("pre").textContent
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        browse("--dump-dom", "about:blank")
+    except (subprocess.SubprocessError, OSError) as error:  # a sandbox may forbid what it needs
+        pytest.skip(f"the browser does not start: {error}")
     root = sweep(tmp_path_factory.mktemp("runs"))
     write_run(root / "6", ["scheduler=increasing_both", "seed=3"], [3, 2], epochs=6)
     found = find_runs([root], progress=False)
@@ -62,7 +66,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def browse(*arguments: str) -> str:
     assert BROWSER is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--virtual-time-budget=5000",
+    ]
     command = [BROWSER, *flags, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
