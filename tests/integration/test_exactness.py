@@ -208,7 +208,7 @@ def cases(draw: st.DrawFn, *dtypes: str) -> Case:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@settings(deadline=None, max_examples=12, phases=NO_SHRINKING)
+@settings(deadline=None, max_examples=6, phases=NO_SHRINKING)
 @given(case=cases("float32", "float64"))
 def test_equals_a_plain_loop(processes: int, pair: Pair, case: Case) -> None:
     reference = by_hand(case)
@@ -223,7 +223,7 @@ def saved(folder: str) -> st.SearchStrategy[tuple[int, str]]:
     return st.sampled_from(sorted((int(path.name.split("-")[0]), str(path)) for path in Path(folder).iterdir()))
 
 
-@settings(deadline=None, max_examples=5, phases=NO_SHRINKING)
+@settings(deadline=None, max_examples=3, phases=NO_SHRINKING)
 @given(case=cases("float64"), every=st.integers(1, 6), data=st.data())
 def test_goes_on_with_other_processes_micro_batches_and_workers(
     pair: Pair, case: Case, every: int, data: st.DataObject
@@ -250,7 +250,7 @@ def test_resumes_a_run_that_was_resumed_at_the_end_of_an_epoch(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@settings(deadline=None, max_examples=5, phases=NO_SHRINKING)
+@settings(deadline=None, max_examples=3, phases=NO_SHRINKING)
 @given(case=cases("float32", "float64"), every=st.integers(1, 6), data=st.data())
 def test_resumes_bit_for_bit(processes: int, pair: Pair, case: Case, every: int, data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:

@@ -19,7 +19,8 @@ from tests.integration.kill_resume import Line, differences, read_state
 @pytest.mark.parametrize(
     "options",
     [
-        "--kills 20 --seed 2",
+        "--kills 8 --seed 2",
+        pytest.param("--kills 20 --seed 2", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --cap 7", marks=pytest.mark.slow),
     ],
 )
