@@ -214,7 +214,7 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     (("trainer.max_epochs=-1",), ("max_epochs", "every")),
     (("data=pydoc", "model=gpt_tiny", "model.net.n_positions=32"), ("64 tokens", "`block_size=32`", "`n_positions=64`")),
     (("data=pydoc", "model=gpt_tiny", "model.net.vocab_size=999"), ("2048 tokens", "999", "`vocab_size=2048`")),
-    (("data=pydoc", "model=gpt_tiny", "data.block_size=100000"), ("do not fill one block of 100000",)),
+    (("data=pydoc", "model=gpt_tiny", "data.block_size=20000"), ("do not fill one block of 20000",)),
     (("data=text", "model=gpt_tiny", "data.root=nowhere"), ("no folder nowhere", "data.root=DIR")),
     (("data=eli5", "model=gpt_tiny", "data.root=nowhere"), ("nowhere/eli5_category", "data.download=true")),
     (("scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=99"), ("counts in tokens", "unit='samples'")),
