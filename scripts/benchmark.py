@@ -36,6 +36,8 @@ from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
 from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors
 from lightning_bsl.data.image import identity
 from lightning_bsl.models import Classifier, cnn5
+from lightning_bsl.population import Grid, run_grid
+from lightning_bsl.population.grid import fitting, replica_bytes
 from lightning_bsl.schedules import Milestones
 from lightning_bsl.training import train as train_as_configured
 
@@ -546,6 +548,66 @@ def _train_epoch(net: torch.nn.Module, optimizer: torch.optim.Optimizer, batches
         optimizer.step()
 
 
+# --- population: replicas trained together against the same runs one by one through Lightning ---
+
+
+def population(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare steps of a whole grid search in one process; starting and ending the runs is counted in both."""
+    rows, bounds = [], []
+    images = _training_set(FashionMNIST, arguments.fashion_mnist_root)
+    for batch_size, steps, bound in ((1, 100, 200 if arguments.gpu else 10), (12, 50, 3)):
+        data = _datamodule_of(FashionMNIST, images, batch_size)
+        device = torch.device("cuda" if arguments.gpu else "cpu")
+        most = fitting(_adam_model(arguments.width), data, batch_size, device)
+        replicas = min(arguments.replicas, most)
+        together = partial(_train_together, data, arguments, batch_size, steps, replicas)
+        alone = partial(_train_alone, data, arguments, steps)
+        found = rates({"together": together, "alone": alone}, arguments.rounds)
+        ratio = found["together"] / found["alone"]
+        size = replica_bytes(_adam_model(arguments.width), data, batch_size)
+        figures = (f"{found['together']:,.0f}", f"{found['alone']:,.0f}", str(replicas), f"{size / 2**20:.2f}")
+        rows.append([f"cnn5 of width {arguments.width}/{batch_size}", *figures])
+        bounds.append(Bound(f"population/{arguments.width}/{batch_size}", ratio, bound))
+    print("replica-steps per second, medians")
+    print(table(["model/batch size", "together", "one by one", "replicas", "MB a replica"], rows))
+    return bounds
+
+
+_QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
+def _adam_model(width: int, seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    return Classifier(cnn5(width=width), 10, partial(torch.optim.Adam, lr=0.001))
+
+
+def _train_together(data: ImageDataModule, arguments: argparse.Namespace, batch_size: int, steps: int, replicas: int) -> int:
+    rates_of = 10 if replicas >= 50 else min(2, replicas)
+    grid = Grid(
+        batch_sizes=[batch_size],
+        lrs=[1e-5 * (i + 1) for i in range(rates_of)],
+        seeds=replicas // rates_of,
+        targets=[1e-9],  # not to be reached
+        max_examples=steps * batch_size,
+        replicas_per_pass=replicas,
+    )
+    accelerator = "gpu" if arguments.gpu else "cpu"
+
+    def trainer() -> Trainer:
+        return Trainer(accelerator=accelerator, devices=1, max_epochs=-1, **_QUIET)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run_grid(grid, partial(_adam_model, arguments.width), data, Path(folder) / "replicas.csv", trainer)
+    return grid.replicas * steps
+
+
+def _train_alone(data: ImageDataModule, arguments: argparse.Namespace, steps: int) -> int:
+    accelerator = "gpu" if arguments.gpu else "cpu"
+    trainer = Trainer(accelerator=accelerator, devices=1, max_epochs=-1, max_steps=steps, limit_val_batches=0, **_QUIET)
+    trainer.fit(_adam_model(arguments.width), data)
+    return steps
+
+
 def main() -> None:
     """Run the subject named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -576,6 +638,13 @@ def main() -> None:
     subject.add_argument("--width", type=int, default=40, help="of cnn5; with 4 a CPU has little arithmetic to do")
     subject.add_argument("--gpu", action="store_true", help="train on a GPU")
     subject.set_defaults(run=train)
+
+    subject = subjects.add_parser("population", help="many replicas at once against one by one, at batch sizes 1 and 12")
+    subject.add_argument("--fashion-mnist-root", help="folder of the real Fashion-MNIST; random images by default")
+    subject.add_argument("--replicas", type=int, default=100, help="at most, and no more than fit; 1000 on a GPU")
+    subject.add_argument("--width", type=int, default=40, help="of cnn5; with 8 there is little arithmetic to do")
+    subject.add_argument("--gpu", action="store_true", help="train on a GPU")
+    subject.set_defaults(run=population)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

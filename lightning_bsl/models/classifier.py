@@ -29,7 +29,7 @@ class Classifier(LightningModule):
         optimizer: Makes the optimizer from the parameters; plain SGD with learning rate 0.1 (P1) by default.
         loss: Maps logits and labels ``[batch]`` to the batch's **mean** loss; cross-entropy by default.
         compile: Compile the network, once for all batch sizes. The keys of its ``state_dict`` stay as they are.
-        channels_last: Keep weights and images in channels-last memory order, faster for convolutions on recent GPUs.
+        channels_last: Keep weights and images in channels-last memory order, faster for convolutions on CPUs and recent GPUs.
 
     Example:
         >>> from lightning_bsl.models import Classifier, cnn5
@@ -53,6 +53,7 @@ class Classifier(LightningModule):
         self._make_optimizer = optimizer
         self._compile = compile
         self._channels_last = channels_last
+        self._memory_format = torch.contiguous_format  # of the network, until the Trainer configures it
         # Checks for NaN and for the range of labels would wait for the GPU at every step. In training a mean of hits
         # stands for the accuracy: the same number as MulticlassAccuracy's, whose update takes 80 us against 30. Losses
         # are given once for each example because, with "disable", torchmetrics 1.9 ignores the weights.
@@ -66,7 +67,8 @@ class Classifier(LightningModule):
     def configure_model(self) -> None:
         """Set memory order and compilation, before the optimizer is made; harmless when called again."""
         if self._channels_last:
-            self.net.to(memory_format=torch.channels_last)
+            self._memory_format = torch.channels_last
+            self.net.to(memory_format=self._memory_format)
         if self._compile:
             compile_in_place(self.net)
             self._compile = False
@@ -78,10 +80,16 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``[batch, C, H, W]`` to logits ``[batch, num_classes]``."""
-        if self._channels_last:
-            images = images.to(memory_format=torch.channels_last)
+        if self._memory_format is torch.channels_last:
+            images = images.to(memory_format=self._memory_format)
         logits: Tensor = self.net(images)
         return logits
+
+    def full_loss(self, batch: Batch) -> Tensor:
+        """The batch's mean loss, without logging: for what looks at the loss from outside."""
+        images, labels = batch
+        loss: Tensor = self.loss(self(images), labels)
+        return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the batch's mean loss, and log it where the Trainer's loggers will write it."""

@@ -105,6 +105,10 @@ class CausalLM(LightningModule):
         logits: Tensor = self.net(tokens).logits
         return logits
 
+    def full_loss(self, batch: Tensor) -> Tensor:
+        """The batch's mean loss, without logging: for what looks at the loss from outside."""
+        return _loss(self(batch), batch)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the batch's mean loss, and log it where the Trainer's loggers will write it."""
         loss = _loss(self(batch), batch)

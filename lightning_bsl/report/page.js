@@ -1,4 +1,4 @@
-// The page of page.py: tables are sorted by a click on a header, and curves shown against one axis at a time.
+// The pages of markup.py: tables are sorted by a click on a header, and curves shown against one axis at a time.
 const sorted = (table, column, ascending) => {
   const key = row => {
     const cell = row.cells[column], number = parseFloat(cell.dataset.key);

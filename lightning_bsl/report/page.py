@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 from lightning_bsl.report.compare import (
     LEVEL,
@@ -26,34 +22,19 @@ from lightning_bsl.report.compare import (
     unequal_budgets,
     where_ended,
 )
+from lightning_bsl.report.markup import (
+    NONE,
+    Cell,
+    Table,
+    csv_values,
+    estimate_cell,
+    image_html,
+    number,
+    page_html,
+    table_html,
+)
 from lightning_bsl.report.overlays import Figure, color_of, plot_groups
 from lightning_bsl.report.runs import AXES, METRICS, Found, Group
-
-_NONE = "\u2013"  # a dash where there is no number
-
-
-class Cell(NamedTuple):
-    """What a cell shows, as HTML, and by what number it is sorted, if not by its text."""
-
-    html: str
-    key: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page.
-
-    Args:
-        title: Above it.
-        head: Of its columns; the first names the group.
-        rows: The cells.
-        note: Below the title, as HTML.
-    """
-
-    title: str
-    head: list[str]
-    rows: list[list[Cell]]
-    note: str = ""
 
 
 def write_report(
@@ -119,7 +100,7 @@ def _groups_table(groups: Sequence[Group]) -> Table:
         seeds = ", ".join("?" if run.seed is None else str(run.seed) for run in group.runs)
         state = f"{len(group.runs) - len(group.unfinished)} of {len(group.runs)}"
         means = [estimate_of([run.reached(axis) for run in group.counted]) for axis in axes]
-        rows.append([_name(group, groups), Cell(escape(seeds)), Cell(state), *(Cell(_number(mean), mean) for mean in means)])
+        rows.append([_name(group, groups), Cell(escape(seeds)), Cell(state), *(Cell(number(mean), mean) for mean in means)])
     note = "Runs that differ in their seed only are one group. Lengths are means over its runs that have ended."
     return Table("Groups", ["group", "seeds", "ended", *axes], rows, note)
 
@@ -191,7 +172,7 @@ def _runs_table(groups: Sequence[Group]) -> Table:
                 Cell(escape(run.name)),
                 Cell("?" if run.seed is None else str(run.seed), run.seed),
                 Cell(escape(run.progress)),
-                *(Cell(_number(run.reached(axis)), run.reached(axis)) for axis in ("samples", "steps", "seconds")),
+                *(Cell(number(run.reached(axis)), run.reached(axis)) for axis in ("samples", "steps", "seconds")),
             ])  # fmt: skip
     return Table("Runs", ["group", "run", "seed", "state", "samples", "steps", "seconds"], rows)
 
@@ -210,9 +191,8 @@ def _name(group: Group, groups: Sequence[Group]) -> Cell:
 
 def _estimate(given: Estimate | None, before: str = "") -> Cell:
     if given is None or not given.number:
-        return Cell(_NONE, math.nan)
-    interval = "" if math.isnan(given.low) else f" <small>[{_number(given.low)}; {_number(given.high)}]</small>"
-    return Cell(f"{before}{_number(given.value)}{interval}", given.value)
+        return Cell(NONE, math.nan)
+    return estimate_cell(*given[:3], before)
 
 
 def _count(of: Estimate | Held) -> Cell:
@@ -223,59 +203,14 @@ def _exact(value: float) -> Cell:
     return Cell(f"{value:.3e}", value)
 
 
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return _NONE if math.isnan(value) else str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
-
-
 # --- how it is said
 
-_CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # nothing is ever fetched
 
-
-def _page(notes: Sequence[str], tables: Sequence[Table], runs: Table, figures: Sequence[Figure], number: int) -> str:
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_CSP}">
-<title>{number} runs compared</title>
-<style>{_part("page.css")}</style>
-</head>
-<body>
-<h1>{number} {"run" if number == 1 else "runs"} compared</h1>
-{"".join(f'<p class="warn">{note}</p>' for note in notes)}
-{"".join(_table(table) for table in tables[:2])}
+def _page(notes: Sequence[str], tables: Sequence[Table], runs: Table, figures: Sequence[Figure], count: int) -> str:
+    body = f"""{"".join(map(table_html, tables[:2]))}
 {_figures(figures)}
-{"".join(_table(table) for table in (*tables[2:], runs))}
-<script>{_part("page.js")}</script>
-</body>
-</html>
-"""
-
-
-def _part(name: str) -> str:
-    return "\n" + resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _table(table: Table) -> str:
-    # a column is text where no cell has a number to sort by; its header stands where its cells do
-    texts = [all(row[column].key is None for row in table.rows) for column in range(len(table.head))]
-    mark = [' class="text"' if text else "" for text in texts]
-    head = "".join(f'<th scope="col"{css}>{escape(title)}</th>' for title, css in zip(table.head, mark))
-    body = "".join("<tr>" + "".join(map(_cell, row, mark)) + "</tr>\n" for row in table.rows)
-    note = f'<p class="note">{table.note}</p>' if table.note else ""
-    return (
-        f'<h2>{escape(table.title)}</h2>\n{note}\n<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}</tbody></table></div>\n"
-    )
-
-
-def _cell(cell: Cell, css: str) -> str:
-    key = "" if cell.key is None or math.isnan(cell.key) else f' data-key="{cell.key!r}"'
-    return f"<td{css}{key}>{cell.html}</td>"
+{"".join(map(table_html, (*tables[2:], runs)))}"""
+    return page_html(f"{count} {'run' if count == 1 else 'runs'} compared", notes, body)
 
 
 def _figures(figures: Sequence[Figure]) -> str:
@@ -303,8 +238,7 @@ band goes from the least to the largest of them. A thin dashed line is a run tha
 
 
 def _image(figure: Figure) -> str:
-    data = base64.b64encode(figure.file.read_bytes()).decode()
-    return f'<figure><img alt="{escape(figure.title)}" src="data:image/png;base64,{data}"></figure>\n'
+    return image_html(figure.file, figure.title)
 
 
 # --- the same as CSV
@@ -333,4 +267,4 @@ def _write_csv(path: Path, soon: Sequence[Reached], ended: Sequence[Ended], held
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["what", "group", "metric", "target", "axis", "value", "low", "high", "runs", "of", "interval"])
-        writer.writerows(["" if isinstance(value, float) and math.isnan(value) else value for value in line] for line in lines)
+        writer.writerows(map(csv_values, lines))

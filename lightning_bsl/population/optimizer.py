@@ -1,0 +1,94 @@
+"""Adam for stacked replicas, each with a learning rate of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adam import adam
+
+
+class PopulationAdam(Optimizer):
+    """Adam (Kingma & Ba, arXiv 1412.6980) over parameters ``[R, ...]`` of R replicas, with R learning rates.
+
+    Each replica moves as ``torch.optim.Adam`` would move it alone. With ``betas=(0, 0)`` the update is the sign of the
+    gradient (P4, arXiv 2405.14578). Neighbours with one learning rate are updated at once, so sort the replicas by it.
+
+    Args:
+        params: Stacked parameters, the replica first.
+        lr: Learning rates ``[R]``.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+
+    Raises:
+        ValueError: Rates that are not a vector, a beta outside [0, 1).
+
+    Example:
+        >>> stacked = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> optimizer = PopulationAdam([stacked], torch.tensor([0.1, 0.5]), betas=(0.0, 0.0))
+        >>> stacked.grad = torch.ones(2, 3)
+        >>> _ = optimizer.step()
+        >>> stacked[:, 0].tolist()
+        [-0.10000000149011612, -0.5]
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        if lr.ndim != 1:
+            raise ValueError(f"lr has shape {list(lr.shape)}; give a vector [R], a learning rate for each replica")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={tuple(betas)}: both must be at least 0 and below 1")
+        super().__init__(params, {"lr": lr.cpu(), "betas": tuple(betas), "eps": eps, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move every replica by one step.
+
+        Args:
+            closure: Computes the loss again, as of every optimizer.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moved:
+                if not (state := self.state[parameter]):
+                    state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
+            start = 0
+            for lr, number in zip(*(each.tolist() for each in group["lr"].unique_consecutive(return_counts=True))):
+                rows, start = slice(start, start + number), start + number
+                adam(
+                    [parameter[rows] for parameter in moved],
+                    [parameter.grad[rows] for parameter in moved],
+                    *([self.state[parameter][name][rows] for parameter in moved] for name in ("exp_avg", "exp_avg_sq")),
+                    [],
+                    [torch.tensor(float(group["step"]), device=parameter.device) for parameter in moved],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=lr,
+                    weight_decay=0.0,
+                    eps=group["eps"],
+                    maximize=False,
+                )
+            group["step"] += 1
+        return loss
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all replicas but some; the parameters are cut already.
+
+        Args:
+            rows: Their indices, int64.
+        """
+        for group in self.param_groups:
+            group["lr"] = group["lr"][rows.cpu()]
+            for parameter in group["params"]:
+                for name, moment in self.state[parameter].items():
+                    self.state[parameter][name] = moment[rows]

@@ -1,0 +1,286 @@
+"""A population against the same runs, one by one: by scripts/train.py and by plain loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from lightning_bsl.data import Digits
+from lightning_bsl.data.sampler import GlobalBatchSampler
+from lightning_bsl.models import Classifier, cnn5
+from lightning_bsl.population import Outcome, Population, PopulationData
+from lightning_bsl.schedules import Progress
+from lightning_bsl.training import train
+from tests.helpers import quiet
+from tests.test_conf import compose_config
+
+CNN = ("data=digits", "model=cnn5", "+model.net.width=4", "optimizer=adam")
+SIGN = "optimizer.betas=[0.0,0.0]"
+Make = Callable[[int], LightningModule]
+
+
+def make_cnn(seed: int) -> Classifier:
+    torch.manual_seed(seed)
+    return Classifier(cnn5(image_size=8, width=4), 10)
+
+
+def maker(cfg: DictConfig) -> Make:
+    def make(seed: int) -> LightningModule:
+        seed_everything(seed, verbose=False)
+        model: LightningModule = instantiate(cfg.model)
+        return model
+
+    return make
+
+
+def trained_alone(folder: Path, seed: int, lr: float, batch_size: int, steps: int, *overrides: str) -> dict[str, Tensor]:
+    """What scripts/train.py has after some steps."""
+    cfg = compose_config(
+        *overrides,
+        "scheduler=constant",
+        f"scheduler.batch_size.start={batch_size}",
+        f"seed={seed}",
+        f"optimizer.lr={lr}",
+        f"trainer.max_steps={steps}",
+        "trainer.max_epochs=-1",
+        "trainer.precision=64-true",
+        "trainer.enable_progress_bar=false",
+        "+trainer.limit_val_batches=0",
+        "logger=none",
+        f"output_dir={folder}",
+    )
+    train(cfg)
+    state: dict[str, Tensor] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def trained_together(
+    make: Make, data: Any, replicas: Sequence[tuple[int, float]], steps: int, batch_size: int = 8, **options: Any
+) -> Population:
+    fit = {name: options.pop(name) for name in ("ckpt_path",) if name in options}
+    trainer = {name: options.pop(name) for name in ("callbacks", "precision") if name in options}
+    population = Population(make, replicas, batch_size, **{"targets": [0.01], "max_steps": 10**6} | options)
+    trained = Trainer(**quiet(max_steps=steps, max_epochs=-1, **{"precision": "64-true"} | trainer))
+    trained.fit(population, PopulationData(data, population.seeds, batch_size, probe=50), **fit)
+    return population
+
+
+def assert_equal(population: Population, index: int, state: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    found = population.replica_state_dict(index)
+    assert len(found) > 4
+    for name, value in found.items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("overrides", [
+    CNN,
+    (*CNN, SIGN),
+    ("data=pydoc", "model=gpt_tiny", "optimizer=adam", "data.block_size=16"),
+    ("data=pydoc", "model=gpt_tiny", "optimizer=adam", SIGN, "data.block_size=16"),
+    ("data=digits", "model=wide_resnet28_10", "+model.net.depth=10", "+model.net.widen_factor=1", "optimizer=adam"),
+    ("data=digits", "model=resnet18", "optimizer=adam", SIGN),
+], ids=["cnn5", "cnn5 sign", "gpt", "gpt sign", "BatchNorm", "resnet18 sign"])  # fmt: skip
+def test_a_replica_is_the_run_of_the_train_script(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    cfg = compose_config(*overrides)
+    replicas = [(0, 0.002), (3, 0.002), (3, 0.0005)]
+    together = trained_together(
+        maker(cfg), instantiate(cfg.data), replicas, 20, batch_size=6, betas=cfg.optimizer.betas, targets=[1e-9]
+    )
+    assert together.steps == 20
+    for index, (seed, lr) in enumerate(replicas[1:], start=1):
+        assert_equal(together, index, trained_alone(tmp_path / f"{lr}", seed, lr, 6, 20, *overrides))
+
+
+@pytest.mark.parametrize("sign", [(), (SIGN,)])
+def test_others_that_leave_change_nothing(sign: tuple[str, ...], tmp_path: Path) -> None:
+    cfg = compose_config(*CNN, *sign)
+    outcomes: list[Outcome] = []
+    replicas = [(0, 1e8), (1, 1e-4), (2, 0.02), (1, 0.02)]  # the first diverges, the last two reach the target
+    together = trained_together(
+        maker(cfg), instantiate(cfg.data), replicas, 40, betas=cfg.optimizer.betas, targets=[2.25], extra_steps=2,
+        on_end=outcomes.extend,
+    )  # fmt: skip
+    assert [(each.seed, each.lr) for each in together.replicas] == [(1, 1e-4)]
+    assert sorted(each.status for each in outcomes) == ["diverged", "reached", "reached"]
+    assert_equal(together, 0, trained_alone(tmp_path, 1, 1e-4, 8, 40, *CNN, *sign))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0)])
+def test_resumed_it_goes_on_as_if_uninterrupted(betas: tuple[float, float], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"betas": betas, "targets": [2.25, 2.0], "extra_steps": 5}
+    replicas = [(0, 1e8), (0, 0.02), (1, 0.02), (1, 1e-4)]
+    outcomes: dict[str, list[Outcome]] = {"whole": [], "first": [], "second": []}
+    whole = trained_together(make_cnn, Digits(), replicas, 60, on_end=outcomes["whole"].extend, **options)
+    # in the extra steps of some, after others have left
+    reached = next(each.steps for each in outcomes["whole"] if each.status == "reached")
+    first = trained_together(make_cnn, Digits(), replicas, reached + 2, on_end=outcomes["first"].extend, **options)
+    assert any(each.pending for each in first.replicas) and len(first.replicas) < len(replicas)
+    first.trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second = trained_together(
+        make_cnn, Digits(), replicas, 60, on_end=outcomes["second"].extend, ckpt_path=tmp_path / "first.ckpt", **options
+    )
+    assert outcomes["first"] + outcomes["second"] == outcomes["whole"] or str(outcomes["first"] + outcomes["second"]) == str(
+        outcomes["whole"]
+    )
+    assert [(each.seed, each.lr) for each in second.replicas] == [(each.seed, each.lr) for each in whole.replicas]
+    for one, other in zip(second.stacked, whole.stacked):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
+    first = trained_together(make_cnn, Digits(), [(0, 0.01)], 2)
+    first.trainer.save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint is of other replicas"):
+        trained_together(make_cnn, Digits(), [(1, 0.01)], 4, ckpt_path=tmp_path / "first.ckpt")
+
+
+def steps_alone(seed: int, lr: float, target: float, batch_size: int, data: Digits, probe: Any) -> tuple[int, float]:
+    """Steps to a target and the drop of the loss in ten more, by a plain loop that always looks at the probe."""
+    net = make_cnn(seed).net
+    optimizer = torch.optim.Adam(net.parameters(), lr)
+    step, check, reached, before = 0, 10, 0, math.nan
+    for epoch in range(100):
+        for indices in GlobalBatchSampler(1440, batch_size, lambda epoch=epoch: Progress(epoch=epoch), seed=seed):
+            images, labels = data.on_after_batch_transfer(data.train_set.__getitems__(indices), 0)  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step += 1
+            if step in (check, reached + 10):
+                with torch.no_grad():
+                    loss = nn.functional.cross_entropy(net(probe[0]), probe[1]).item()
+                if reached and step == reached + 10:
+                    return reached, before - loss
+                if not reached and loss <= target:
+                    reached, before = step, loss
+                check = step + max(1, step // 20)
+    raise AssertionError("the target was not reached")
+
+
+def test_steps_to_the_target_are_those_of_plain_loops() -> None:
+    replicas = [(seed, lr) for lr in (0.03, 0.02, 0.015, 0.01, 0.008) for seed in range(20)]
+    outcomes: list[Outcome] = []
+    torch.manual_seed(0)
+    trained_together(
+        make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[1.6], max_steps=5000, on_end=outcomes.extend,
+        precision="32-true",
+    )  # fmt: skip
+    data = PopulationData(inner := Digits(), [0], 16, probe=50)
+    found = {(each.seed, each.lr): (each.steps, each.loss_drop) for each in outcomes if each.status == "reached"}
+    assert len(outcomes) == len(found) == len(replicas)
+    equal = 0
+    for seed, lr in replicas:
+        steps, drop = steps_alone(seed, lr, 1.6, 16, inner, data.probe())
+        equal += found[seed, lr][0] == steps and found[seed, lr][1] == pytest.approx(drop, abs=1e-3)
+    assert equal >= 0.99 * len(replicas)
+
+
+def test_what_diverges_is_noted_and_harms_nobody() -> None:
+    outcomes: dict[str, list[Outcome]] = {"with": [], "without": []}
+    healthy = [(0, 0.02), (1, 0.02)]
+    for name, replicas in (("with", [healthy[0], (2, 1e30), healthy[1]]), ("without", healthy)):
+        trained_together(make_cnn, Digits(), replicas, 300, targets=[2.0, 1.5], max_steps=300, on_end=outcomes[name].extend)
+    diverged = [each for each in outcomes["with"] if each.seed == 2]
+    assert [(each.target, each.status, each.steps) for each in diverged] == [(2.0, "diverged", 10), (1.5, "diverged", 10)]
+    assert not any(math.isfinite(each.loss) for each in diverged)
+    others = [each for each in outcomes["with"] if each.seed != 2]
+    assert len(others) == len(outcomes["without"]) == 4
+    for one, other in zip(sorted(others), sorted(outcomes["without"])):
+        assert one[:7] == other[:7]
+        assert (one.loss, one.loss_drop) == pytest.approx((other.loss, other.loss_drop), abs=1e-9)
+
+
+def test_every_target_has_an_outcome() -> None:
+    outcomes: list[list[Outcome]] = []
+    together = trained_together(
+        make_cnn, Digits(), [(0, 0.02), (0, 1e-5)], 10**6, targets=[1.5, 2.2, 2.0], max_steps=90, extra_steps=4,
+        on_end=outcomes.append,
+    )  # fmt: skip
+    assert together.trainer.should_stop
+    fast, slow = sorted(outcomes, key=lambda each: -each[0].lr)
+    assert [each.target for each in fast] == [2.2, 2.0, 1.5]
+    assert [each.status for each in fast] == ["reached"] * 3
+    assert [each.steps for each in fast] == sorted(each.steps for each in fast)
+    for each in fast:
+        assert (each.examples, each.extra_steps, each.loss <= each.target) == (8 * each.steps, 4, True)
+        assert math.isfinite(each.loss_drop)
+    assert [(each.status, each.steps, math.isnan(each.loss_drop)) for each in slow] == [("not_reached", 90, True)] * 3
+
+
+class Dropping(LightningModule):
+    """Its loss in training is a random number for each replica, in evaluation none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.drop = nn.Dropout(0.5)
+
+    def full_loss(self, batch: Any) -> Tensor:
+        loss: Tensor = self.drop(self.weight).sum() + 0 * batch[0].sum()
+        return loss
+
+
+def test_each_replica_has_its_own_dropout() -> None:
+    seen: list[Tensor] = []
+
+    class Noting(Population):
+        def losses(self, *arguments: Any) -> Tensor:
+            seen.append(values := super().losses(*arguments))
+            return values
+
+    torch.manual_seed(0)
+    population = Noting(lambda seed: Dropping(), [(0, 0.1), (0, 0.2), (0, 0.3)], 4, [1000.0], max_steps=20, extra_steps=3)
+    Trainer(**quiet(max_epochs=-1)).fit(population, PopulationData(Digits(), [0], 4, probe=20))
+    training = [each for each in seen if each.requires_grad]
+    evaluated = [each for each in seen if not each.requires_grad]
+    assert len(training[0].unique()) > 1  # equal weights, other masks
+    assert len(training) == 13  # the check after ten, and three more
+    assert len(evaluated) >= 2
+    assert population.trainer.should_stop
+
+
+@pytest.mark.parametrize("arguments, options, message", [
+    ({"replicas": []}, {}, "0 replicas"),
+    ({"targets": []}, {}, "0 targets"),
+    ({"batch_size": 0}, {}, "`batch_size=0`"),
+    ({"max_steps": 0}, {}, "`max_steps=0`"),
+    ({"extra_steps": 0}, {}, "`extra_steps=0`"),
+    ({"make": lambda seed: LightningModule()}, {}, r"no `full_loss\(batch\)`"),
+    ({}, {"gradient_clip_val": 1.0}, "gradient_clip_val=None"),
+    ({}, {"accelerator": "cpu", "devices": 2}, "devices=1"),
+    ({"replicas": [(1, 0.1)]}, {}, r"give a PopulationData with seeds=\[1\]"),
+    ({"batch_size": 5}, {}, "batch_size=5"),
+])  # fmt: skip
+def test_refusals(arguments: dict[str, Any], options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"make": make_cnn, "replicas": [(0, 0.1)], "batch_size": 8, "targets": [1.0], "max_steps": 10} | arguments
+    with pytest.raises((ValueError, TypeError), match=message):
+        population = Population(**given)
+        if options.pop("devices", 1) > 1:
+            monkeypatch.setattr(Trainer, "world_size", 2)
+        Trainer(**quiet(max_epochs=-1, **options)).fit(population, PopulationData(Digits(), [0], 8))
+
+
+def test_mixed_half_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "precision", "16-mixed")
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        Trainer(**quiet(max_epochs=-1)).fit(
+            Population(make_cnn, [(0, 0.1)], 8, [1.0], max_steps=10), PopulationData(Digits(), [0], 8)
+        )
+
+
+def test_half_precision_trains() -> None:
+    outcomes: list[Outcome] = []
+    trained_together(
+        make_cnn, Digits(), [(0, 0.02), (1, 0.02)], 500, targets=[1.8], max_steps=500, on_end=outcomes.extend,
+        precision="bf16-mixed",
+    )  # fmt: skip
+    assert [each.status for each in outcomes] == ["reached"] * 2

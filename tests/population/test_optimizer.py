@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from lightning_bsl.population import PopulationAdam
+
+LRS = [0.1, 0.1, 0.03, 0.1]  # the last is no neighbour of its like
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.0, 0.99)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_each_replica_moves_as_by_adam_alone(betas: tuple[float, float], dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    shapes, eps = [(3, 2), (5,)], 1e-3
+    stacked = [torch.nn.Parameter(torch.randn(len(LRS), *shape, dtype=dtype)) for shape in shapes]
+    optimizer = PopulationAdam(stacked, torch.tensor(LRS, dtype=torch.float64), betas, eps)
+    alone = [[torch.nn.Parameter(each[i].detach().clone()) for each in stacked] for i in range(len(LRS))]
+    adams = [torch.optim.Adam(parameters, lr, betas, eps) for parameters, lr in zip(alone, LRS)]
+    left = list(range(len(LRS)))
+    for step in range(12):
+        if step == 5:  # the second leaves
+            rows = torch.tensor([0, 2, 3])
+            left = rows.tolist()
+            for each in stacked:
+                each.data = each.data[rows]
+            optimizer.keep(rows)
+        for each in stacked:
+            each.grad = torch.randn_like(each)
+        for row, i in enumerate(left):
+            for parameter, each in zip(alone[i], stacked):
+                assert each.grad is not None
+                parameter.grad = each.grad[row].clone()
+            adams[i].step()
+        optimizer.step()
+        for row, i in enumerate(left):
+            for parameter, each in zip(alone[i], stacked):
+                torch.testing.assert_close(each[row], parameter, rtol=tolerance, atol=tolerance)
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    used, unused = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    optimizer = PopulationAdam([used, unused], torch.tensor([0.1, 0.2]))
+    used.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert bool((unused == 1).all()) and bool((used < 1).all())
+
+
+def test_a_closure_is_called() -> None:
+    stacked = torch.nn.Parameter(torch.ones(1, 2))
+    optimizer = PopulationAdam([stacked], torch.tensor([0.1]))
+
+    def closure() -> torch.Tensor:
+        loss = stacked.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    assert optimizer.step(closure) == 2
+
+
+@pytest.mark.parametrize("lr, betas, message", [
+    (torch.tensor(0.1), (0.9, 0.999), "give a vector"),
+    (torch.tensor([0.1]), (0.9, 1.0), "below 1"),
+    (torch.tensor([0.1]), (-0.1, 0.9), "at least 0"),
+])  # fmt: skip
+def test_refusals(lr: torch.Tensor, betas: tuple[float, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PopulationAdam([torch.nn.Parameter(torch.ones(1, 2))], lr, betas)
