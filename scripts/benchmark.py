@@ -573,7 +573,7 @@ def population(arguments: argparse.Namespace) -> list[Bound]:
     return bounds
 
 
-_QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+_QUIET: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 def _adam_model(width: int, seed: int = 0) -> Classifier:

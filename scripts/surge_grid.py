@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.optimizer.get("weight_decay"):
         raise ValueError(f"optimizer.weight_decay={cfg.optimizer.weight_decay}: a population trains without, write 0")
     if missing := sorted(OmegaConf.missing_keys(cfg.grid)):
-        raise ValueError(f"give {', '.join(f'grid.{name}' for name in missing)}, or experiment=surge_cnn5_small")
+        raise ValueError(f"give {', '.join(missing)}, or experiment=surge_cnn5_small")
     grid = instantiate(cfg.grid)
     _check_same(cfg, folder)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # a pass has nothing to say

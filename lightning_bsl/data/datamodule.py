@@ -23,6 +23,17 @@ def data_parallel(trainer: Trainer) -> tuple[int, int]:
     return (arguments["rank"], arguments["num_replicas"]) if arguments else (0, 1)
 
 
+def to_precision(datamodule: LightningDataModule, batch: Any) -> Any:
+    """What a DataModule computed on the device, in the Trainer's precision: Lightning converts only what the loader gives.
+
+    Args:
+        datamodule: The DataModule; without a Trainer nothing is converted.
+        batch: The batch, or a part of it.
+    """
+    plugin = getattr(datamodule.trainer, "precision_plugin", None)
+    return batch if plugin is None else plugin.convert_input(batch)
+
+
 class BatchSizeDataModule(LightningDataModule):
     """Any map-style data sets, in batches whose size a schedule decides.
 

@@ -27,7 +27,7 @@ from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_and_extract_archive
 
-from lightning_bsl.data.datamodule import BatchSizeDataModule
+from lightning_bsl.data.datamodule import BatchSizeDataModule, to_precision
 from lightning_bsl.data.sampler import epoch_generator
 
 Split = Literal["train", "val"]
@@ -239,12 +239,14 @@ class ImageDataModule(BatchSizeDataModule):
             self.val_set = self.test_set = self._load("val")
 
     def on_after_batch_transfer(self, batch: RawBatch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Turn bytes ``[B, C, H, W]``, labels and indices into normalised float32 images and labels."""
+        """Turn bytes ``[B, C, H, W]``, labels and indices into normalised images, in the Trainer's precision, and labels."""
         images, labels, indices = batch
         if self.augment and self.trainer is not None and self.trainer.training:
             randoms = self._epoch_randoms(self.trainer.current_epoch, images.device)[indices]
-            return self._augmented(images, randoms), labels
-        return self._normalise_(images.float()), labels
+            images = self._augmented(images, randoms)
+        else:
+            images = self._normalise_(images.float())
+        return to_precision(self, images), labels
 
     def _load(self, split: Split) -> ImageTensors:
         images, labels = self.read(split)

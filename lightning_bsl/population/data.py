@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_bsl.data import BatchSizeDataModule
+from lightning_bsl.data.datamodule import to_precision
 from lightning_bsl.data.sampler import GlobalBatchSampler, epoch_generator
 from lightning_bsl.schedules import Progress
 
@@ -119,7 +120,7 @@ class PopulationData(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn what the data set gives for S B examples into what the model takes, ``[S, B, ...]``."""
-        batch = self._inner.on_after_batch_transfer(batch, dataloader_idx)
+        batch = to_precision(self, self._inner.on_after_batch_transfer(batch, dataloader_idx))
         return tree_map(lambda leaf: leaf.unflatten(0, (len(self.seeds), -1)) if isinstance(leaf, Tensor) else leaf, batch)
 
     def probe(self) -> Any:
@@ -127,4 +128,4 @@ class PopulationData(LightningDataModule):
         inner = self._inner
         chosen = torch.randperm(inner.num_train_examples, generator=epoch_generator(0, 0, stream=2))[: self.probe_size]
         loader = DataLoader(inner.train_set, batch_sampler=[chosen.tolist()], collate_fn=inner.collate_fn)  # type: ignore[arg-type]
-        return inner.on_after_batch_transfer(next(iter(loader)), 0)
+        return to_precision(self, inner.on_after_batch_transfer(next(iter(loader)), 0))

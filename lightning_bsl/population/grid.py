@@ -59,10 +59,8 @@ class Grid:
     replicas_per_pass: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.seeds, int):
-            object.__setattr__(self, "seeds", range(self.seeds))
         for name in ("batch_sizes", "lrs", "seeds", "targets"):
-            values = list(getattr(self, name))
+            values = list(self.rounds if name == "seeds" else getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"`{name}={values}` must hold at least one value, and none twice")
             if name != "seeds" and not all(0 < value < math.inf for value in values):
@@ -77,7 +75,12 @@ class Grid:
     @property
     def replicas(self) -> int:
         """How many there are."""
-        return len(self.batch_sizes) * len(self.lrs) * len(self.seeds)
+        return len(self.batch_sizes) * len(self.lrs) * len(self.rounds)
+
+    @property
+    def rounds(self) -> Sequence[int]:
+        """The seeds, one by one."""
+        return range(self.seeds) if isinstance(self.seeds, int) else self.seeds
 
 
 def read_outcomes(path: str | Path, targets: Sequence[float] | None = None) -> list[Outcome]:
@@ -134,7 +137,7 @@ def run_grid(
     outcomes = read_outcomes(path, grid.targets)
     if path.exists():
         _check_same(grid, read_outcomes(path), path)
-    wanted = {(b, seed, lr) for b in grid.batch_sizes for seed in grid.seeds for lr in grid.lrs}
+    wanted = {(b, seed, lr) for b in grid.batch_sizes for seed in grid.rounds for lr in grid.lrs}
     done = {(each.batch_size, each.seed, each.lr) for each in outcomes}
     _write(path, outcomes)
     with path.open("ab", buffering=0) as file:
@@ -161,7 +164,7 @@ def run_grid(
 
 def _todo(grid: Grid, batch_size: int, done: set[tuple[int, int, float]]) -> Iterator[tuple[int, float]]:
     for lr in sorted(grid.lrs, reverse=True):  # those of one rate end at about the same time
-        for seed in grid.seeds:
+        for seed in grid.rounds:
             if (batch_size, seed, lr) not in done:
                 yield seed, lr
 

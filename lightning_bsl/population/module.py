@@ -139,7 +139,7 @@ class Population(LightningModule):
         *,
         max_steps: int,
         extra_steps: int = 10,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         on_end: Callable[[list[Outcome]], Any] = list,
     ) -> None:
@@ -173,6 +173,8 @@ class Population(LightningModule):
             nn.Parameter(torch.stack([initial[each.row][name].detach() for each in self.replicas]), like.requires_grad)
             for name, like in initial[0].items()
         )
+        self.running_loss: Tensor
+        self.rows: Tensor
         self.register_buffer("running_loss", torch.full((len(self.replicas),), math.nan), persistent=False)
         self.register_buffer("rows", torch.tensor([each.row for each in self.replicas]), persistent=False)
 
@@ -196,9 +198,7 @@ class Population(LightningModule):
         if not isinstance(data := self._data, PopulationData) or data.seeds != self.seeds or data.batch_size != self.batch_size:
             raise ValueError(f"give a PopulationData with seeds={self.seeds} and batch_size={self.batch_size} to `fit`")
         self._model[0].to(self.device, self.stacked[0].dtype)
-        probe = data.probe()
-        with self.trainer.precision_plugin.forward_context():
-            self._probe = tree_map(lambda leaf: leaf.to(self.device), self.trainer.precision_plugin.convert_input(probe))
+        self._probe = tree_map(lambda leaf: leaf.to(self.device), data.probe())
 
     def losses(self, batch: Any, replicas: Sequence[int] | None = None) -> Tensor:
         """Each replica's mean loss on a batch of its own.
@@ -339,6 +339,7 @@ class Population(LightningModule):
         if kept["seeds"] != self.seeds or not names.keys() >= set(wanted):
             raise ValueError(f"the checkpoint is of other replicas: {wanted} of the seeds {kept['seeds']}, not {list(names)}")
         self._keep(torch.tensor([names[each] for each in wanted], device=self.device))
+        self.stacked.to(checkpoint["state_dict"]["stacked.0"].dtype)  # Lightning converts only after it has loaded
         self.replicas = [_Replica(**each) for each in kept["replicas"]]
         self.steps, self._next_check, self.running_loss = (
             kept["steps"],

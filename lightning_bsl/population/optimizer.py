@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,9 +35,7 @@ class PopulationAdam(Optimizer):
         [-0.10000000149011612, -0.5]
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: Tensor, betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         if lr.ndim != 1:
             raise ValueError(f"lr has shape {list(lr.shape)}; give a vector [R], a learning rate for each replica")
         if not all(0 <= beta < 1 for beta in betas):
@@ -45,7 +43,7 @@ class PopulationAdam(Optimizer):
         super().__init__(params, {"lr": lr.cpu(), "betas": tuple(betas), "eps": eps, "step": 0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every replica by one step.
 
         Args:
@@ -64,11 +62,12 @@ class PopulationAdam(Optimizer):
             for lr, number in zip(*(each.tolist() for each in group["lr"].unique_consecutive(return_counts=True))):
                 rows, start = slice(start, start + number), start + number
                 adam(
-                    [parameter[rows] for parameter in moved],
-                    [parameter.grad[rows] for parameter in moved],
-                    *([self.state[parameter][name][rows] for parameter in moved] for name in ("exp_avg", "exp_avg_sq")),
-                    [],
-                    [torch.tensor(float(group["step"]), device=parameter.device) for parameter in moved],
+                    params=[parameter[rows] for parameter in moved],
+                    grads=[cast(Tensor, parameter.grad)[rows] for parameter in moved],
+                    exp_avgs=[self.state[parameter]["exp_avg"][rows] for parameter in moved],
+                    exp_avg_sqs=[self.state[parameter]["exp_avg_sq"][rows] for parameter in moved],
+                    max_exp_avg_sqs=[],
+                    state_steps=[torch.tensor(float(group["step"]), device=parameter.device) for parameter in moved],
                     fused=True,
                     amsgrad=False,
                     beta1=group["betas"][0],

@@ -211,7 +211,7 @@ def _analyse(
         _resampled(tradeoff, sizes, drawn.steps[used], drawn.found[used], fits if len(seeds) > 1 else 0),
         tradeoff if isinstance(tradeoff, str) else _or_reason(lambda: _curves(sizes, lrs, tradeoff)),
         _or_reason(lambda: compare_curves(sizes, lrs)),
-        _judge(cells, used, once, drawn, tradeoff, random),
+        _judge(cells, best, once, drawn, tradeoff, random),
     )
 
 
@@ -249,7 +249,7 @@ def _curves(sizes: NDArray[np.int64], lrs: NDArray[np.float64], tradeoff: Tradeo
 
 def _judge(
     cells: Cells,
-    used: Sequence[int],
+    best_rates: Sequence[Best],
     once: Chosen,
     drawn: Chosen,
     tradeoff: TradeoffFit | str,
@@ -262,7 +262,7 @@ def _judge(
     if isinstance(tradeoff, str):
         return Verdict("cannot be judged")
     noise = tradeoff.noise_batch_size.value
-    above = [i for i in used if cells.sizes[i] > noise]
+    above = [i for i, each in enumerate(best_rates) if each.measured and each.batch_size > noise]
     sizes = tuple(cells.sizes[i] for i in above)
     if len(above) < ABOVE:
         return Verdict("cannot be judged", batch_sizes=sizes)
@@ -283,4 +283,8 @@ def _judge(
     rows = [within_steps(logs, cells.whole[i], drawn.place[i, kept], random) for i in above]
     low, high = (float(end) for end in np.quantile(slope(np.stack(rows)), ENDS))
     word: Word = "falls" if high < 0 else "does not fall" if low >= 0 or low > law else "undecided"
+    # what is left out as a bound may speak against it: the best may have fallen below the rates, or risen above them
+    against = {"falls": "highest", "does not fall": "lowest"}.get(word)
+    if any(each.edge == against for each in best_rates if each.batch_size > noise):
+        word = "undecided"
     return Verdict(word, best, low, high, law, sizes)

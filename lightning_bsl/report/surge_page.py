@@ -151,7 +151,7 @@ def _curves_table(surge: Surge) -> Table:
         "fitted to the rates alone, and linear and square-root scaling. A difference of AICc below 2 decides nothing. "
         "Bounds are left out. A B_noise far from the batch sizes makes a curve constant, or linear, or of the square root."
     )
-    head = ["curve", "peak rate", "R\u00b2", "free: peak rate", "B_noise", "R\u00b2 ", "AICc \u2212 least"]
+    head = ["curve", "peak rate", "R\u00b2", "free peak rate", "free B_noise", "free R\u00b2", "AICc \u2212 least"]
     return Table(f"Curves, loss {number(surge.target)}", head, rows, note)
 
 

@@ -171,6 +171,11 @@ def _beyond(surge: Surge) -> str:
     if verdict.word == "undecided":
         if math.isinf(verdict.low):
             return f"Whether the best rate falls beyond B_noise is undecided: one seed has no interval. {evidence}."
+        if verdict.high < 0 or verdict.low > verdict.law:  # but for the bounds it would be decided
+            return (
+                f"Whether the best rate falls beyond B_noise is undecided: the bounds above it may speak against the rest. "
+                f"{evidence}. Add rates beyond those that are bounds."
+            )
         return (
             f"Whether the best rate falls beyond B_noise is undecided. {evidence}. More seeds, finer rates or larger batches, "
             f"up to {noise * 8:.0f}, would tell."

@@ -30,7 +30,7 @@ from tests.test_conf import CONF, choices
 __all__ = ["run"]  # the fixture
 
 GRID: dict[str, Any] = {
-    "batch_sizes": [8, 16], "lrs": [0.01, 0.02, 1e9], "seeds": 2, "targets": [2.2, 1.9], "max_examples": 1500,
+    "batch_sizes": [8, 16], "lrs": [0.01, 0.02, 1e200], "seeds": 2, "targets": [2.2, 1.9], "max_examples": 1500,
     "extra_steps": 3, "probe": 40,
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_every_replica_has_its_line(whole: list[Outcome]) -> None:
     assert set(names) == {(b, lr, seed, t) for b in (8, 16) for lr in GRID["lrs"] for seed in (0, 1) for t in (2.2, 1.9)}
     assert set(names.values()) == {1}
     statuses = {(each.lr, each.status) for each in whole}
-    assert (1e9, "diverged") in statuses and (0.02, "reached") in statuses
+    assert (1e200, "diverged") in statuses and (0.02, "reached") in statuses
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -90,9 +90,9 @@ def test_interrupted_anywhere_it_loses_and_repeats_nothing(whole: list[Outcome],
             trained(path, interrupt)
         assert seen[0] == number
         if number % 3 == 0:  # killed while it wrote: half a line, or half of a replica's lines
-            lines = path.read_text().splitlines(keepends=True)
-            more = lines[-1].replace(",0,", ",7,", 1) if lines[-1].startswith("0,") else "7" + lines[-1][1:]
-            path.write_text("".join(lines) + (more[: len(more) // 2] if number % 2 else more))
+            line = ",".join([str(70 + number), *path.read_text().splitlines()[-1].split(",")[1:]])
+            with path.open("a") as file:
+                file.write(line[: len(line) // 2] if number % 2 else f"{line}\n")
     assert str(trained(path)) == str(read_outcomes(path))
     same(read_outcomes(path), whole)
 
@@ -113,7 +113,7 @@ def test_it_grows_with_the_grid(whole: list[Outcome], tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_another_grid_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "replicas.csv"
-    trained(path, batch_sizes=[16], lrs=[1e9])
+    trained(path, batch_sizes=[16], lrs=[1e200])
     before = path.read_text()
     with pytest.raises(ValueError, match=message):
         trained(path, **changes)
@@ -147,7 +147,7 @@ def test_larger_models_and_batches_train_fewer_at_once() -> None:
     def number(width: int, batch_size: int) -> int:
         return fitting(Classifier(cnn5(image_size=8, width=width), 10), data, batch_size, torch.device("cpu"))
 
-    assert number(4, 1) > number(4, 64) > number(4, 1024) == 8
+    assert number(4, 1) > number(4, 64) > number(4, 1024) >= 8
     assert number(4, 1) > number(64, 1) > 8
     assert number(1024, 1) < 8  # 1 GB with gradients and moments
 
@@ -233,4 +233,4 @@ def test_presets_compose(experiment: str) -> None:
     assert not getattr(instantiate(cfg.data), "augment", False)
     assert list(grid.betas) == ([0.0, 0.0] if "sign" in experiment or "resnet" in experiment else [0.9, 0.999])
     if "small" not in experiment:
-        assert len(grid.seeds) >= 30 and len(grid.lrs) == 10  # type: ignore[arg-type]
+        assert len(grid.rounds) >= 30 and len(grid.lrs) == 10

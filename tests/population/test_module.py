@@ -81,43 +81,46 @@ def assert_equal(population: Population, index: int, state: dict[str, Tensor], t
         torch.testing.assert_close(value, state[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("overrides", [
-    CNN,
-    (*CNN, SIGN),
-    ("data=pydoc", "model=gpt_tiny", "optimizer=adam", "data.block_size=16"),
-    ("data=pydoc", "model=gpt_tiny", "optimizer=adam", SIGN, "data.block_size=16"),
-    ("data=digits", "model=wide_resnet28_10", "+model.net.depth=10", "+model.net.widen_factor=1", "optimizer=adam"),
-    ("data=digits", "model=resnet18", "optimizer=adam", SIGN),
+# With the sign of the gradient a rate is the step of every weight. From 0.001, or with an eps below the rounding of the
+# gradient's smallest entries, deep networks are chaotic: 1e-12 after one step grows tenfold with each.
+@pytest.mark.parametrize("overrides, lr", [
+    (CNN, 0.002),
+    ((*CNN, SIGN), 0.002),
+    (("data=pydoc", "model=gpt_tiny", "optimizer=adam", "data.block_size=16"), 0.002),
+    (("data=pydoc", "model=gpt_tiny", "optimizer=adam", SIGN, "data.block_size=16"), 0.0001),
+    (("data=digits", "model=wide_resnet28_10", "+model.net.depth=10", "+model.net.widen_factor=1", "optimizer=adam"), 0.002),
+    (("data=digits", "model=resnet18", "optimizer=adam", SIGN, "+optimizer.eps=0.001"), 0.0001),
 ], ids=["cnn5", "cnn5 sign", "gpt", "gpt sign", "BatchNorm", "resnet18 sign"])  # fmt: skip
-def test_a_replica_is_the_run_of_the_train_script(overrides: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_replica_is_the_run_of_the_train_script(overrides: tuple[str, ...], lr: float, tmp_path: Path) -> None:
     cfg = compose_config(*overrides)
-    replicas = [(0, 0.002), (3, 0.002), (3, 0.0005)]
+    replicas = [(0, lr), (3, lr / 4)]
     together = trained_together(
-        maker(cfg), instantiate(cfg.data), replicas, 20, batch_size=6, betas=cfg.optimizer.betas, targets=[1e-9]
-    )
+        maker(cfg), instantiate(cfg.data), replicas, 20, batch_size=6, targets=[1e-9], betas=cfg.optimizer.betas,
+        eps=cfg.optimizer.get("eps", 1e-8),
+    )  # fmt: skip
     assert together.steps == 20
-    for index, (seed, lr) in enumerate(replicas[1:], start=1):
-        assert_equal(together, index, trained_alone(tmp_path / f"{lr}", seed, lr, 6, 20, *overrides))
+    for index, (seed, rate) in enumerate(replicas):
+        assert_equal(together, index, trained_alone(tmp_path / f"{seed}", seed, rate, 6, 20, *overrides))
 
 
 @pytest.mark.parametrize("sign", [(), (SIGN,)])
 def test_others_that_leave_change_nothing(sign: tuple[str, ...], tmp_path: Path) -> None:
     cfg = compose_config(*CNN, *sign)
     outcomes: list[Outcome] = []
-    replicas = [(0, 1e8), (1, 1e-4), (2, 0.02), (1, 0.02)]  # the first diverges, the last two reach the target
+    replicas = [(0, 1e200), (1, 1e-4), (2, 0.02), (1, 0.02)]  # the first diverges, the last two reach the target
     together = trained_together(
-        maker(cfg), instantiate(cfg.data), replicas, 40, betas=cfg.optimizer.betas, targets=[2.25], extra_steps=2,
+        maker(cfg), instantiate(cfg.data), replicas, 60, betas=cfg.optimizer.betas, targets=[2.25], extra_steps=2,
         on_end=outcomes.extend,
     )  # fmt: skip
     assert [(each.seed, each.lr) for each in together.replicas] == [(1, 1e-4)]
     assert sorted(each.status for each in outcomes) == ["diverged", "reached", "reached"]
-    assert_equal(together, 0, trained_alone(tmp_path, 1, 1e-4, 8, 40, *CNN, *sign))
+    assert_equal(together, 0, trained_alone(tmp_path, 1, 1e-4, 8, 60, *CNN, *sign))
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0)])
 def test_resumed_it_goes_on_as_if_uninterrupted(betas: tuple[float, float], tmp_path: Path) -> None:
     options: dict[str, Any] = {"betas": betas, "targets": [2.25, 2.0], "extra_steps": 5}
-    replicas = [(0, 1e8), (0, 0.02), (1, 0.02), (1, 1e-4)]
+    replicas = [(0, 1e200), (0, 0.02), (1, 0.02), (1, 1e-4)]
     outcomes: dict[str, list[Outcome]] = {"whole": [], "first": [], "second": []}
     whole = trained_together(make_cnn, Digits(), replicas, 60, on_end=outcomes["whole"].extend, **options)
     # in the extra steps of some, after others have left
@@ -143,13 +146,13 @@ def test_a_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
         trained_together(make_cnn, Digits(), [(1, 0.01)], 4, ckpt_path=tmp_path / "first.ckpt")
 
 
-def steps_alone(seed: int, lr: float, target: float, batch_size: int, data: Digits, probe: Any) -> tuple[int, float]:
-    """Steps to a target and the drop of the loss in ten more, by a plain loop that always looks at the probe."""
+def steps_alone(seed: int, lr: float, most: int, data: Digits, probe: Any) -> tuple[int, float] | None:
+    """Steps to a loss of 1.6 and the drop in ten more, by a plain loop that always looks at the probe."""
     net = make_cnn(seed).net
     optimizer = torch.optim.Adam(net.parameters(), lr)
     step, check, reached, before = 0, 10, 0, math.nan
     for epoch in range(100):
-        for indices in GlobalBatchSampler(1440, batch_size, lambda epoch=epoch: Progress(epoch=epoch), seed=seed):
+        for indices in GlobalBatchSampler(1440, 16, lambda epoch=epoch: Progress(epoch=epoch), seed=seed):
             images, labels = data.on_after_batch_transfer(data.train_set.__getitems__(indices), 0)  # type: ignore[union-attr]
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
@@ -160,34 +163,39 @@ def steps_alone(seed: int, lr: float, target: float, batch_size: int, data: Digi
                     loss = nn.functional.cross_entropy(net(probe[0]), probe[1]).item()
                 if reached and step == reached + 10:
                     return reached, before - loss
-                if not reached and loss <= target:
+                if not reached and loss <= 1.6:
                     reached, before = step, loss
-                check = step + max(1, step // 20)
-    raise AssertionError("the target was not reached")
+                if not reached and step == most:
+                    return None
+                check = min(step + max(1, step // 20), most)
+    raise AssertionError
 
 
 def test_steps_to_the_target_are_those_of_plain_loops() -> None:
-    replicas = [(seed, lr) for lr in (0.03, 0.02, 0.015, 0.01, 0.008) for seed in range(20)]
+    replicas = [(seed, lr) for lr in (0.02, 0.015, 0.01, 0.008) for seed in range(25)]
     outcomes: list[Outcome] = []
-    torch.manual_seed(0)
     trained_together(
-        make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[1.6], max_steps=5000, on_end=outcomes.extend,
+        make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[1.6], max_steps=200, on_end=outcomes.extend,
         precision="32-true",
     )  # fmt: skip
-    data = PopulationData(inner := Digits(), [0], 16, probe=50)
-    found = {(each.seed, each.lr): (each.steps, each.loss_drop) for each in outcomes if each.status == "reached"}
-    assert len(outcomes) == len(found) == len(replicas)
-    equal = 0
-    for seed, lr in replicas:
-        steps, drop = steps_alone(seed, lr, 1.6, 16, inner, data.probe())
-        equal += found[seed, lr][0] == steps and found[seed, lr][1] == pytest.approx(drop, abs=1e-3)
-    assert equal >= 0.99 * len(replicas)
+    probe = PopulationData(data := Digits(), [0], 16, probe=50).probe()
+    assert len(outcomes) == len(replicas)
+    equal, reached = 0, 0
+    for each in outcomes:
+        alone = steps_alone(each.seed, each.lr, 200, data, probe)
+        reached += each.status == "reached"
+        if each.status == "reached" and alone is not None:
+            equal += (each.steps, each.loss_drop) == (alone[0], pytest.approx(alone[1], abs=1e-3))
+        else:
+            equal += (each.status, alone) == ("not_reached", None)
+    assert reached > 80
+    assert equal >= 99
 
 
 def test_what_diverges_is_noted_and_harms_nobody() -> None:
     outcomes: dict[str, list[Outcome]] = {"with": [], "without": []}
     healthy = [(0, 0.02), (1, 0.02)]
-    for name, replicas in (("with", [healthy[0], (2, 1e30), healthy[1]]), ("without", healthy)):
+    for name, replicas in (("with", [healthy[0], (2, 1e200), healthy[1]]), ("without", healthy)):
         trained_together(make_cnn, Digits(), replicas, 300, targets=[2.0, 1.5], max_steps=300, on_end=outcomes[name].extend)
     diverged = [each for each in outcomes["with"] if each.seed == 2]
     assert [(each.target, each.status, each.steps) for each in diverged] == [(2.0, "diverged", 10), (1.5, "diverged", 10)]

@@ -182,6 +182,16 @@ def test_the_step_of_the_grid_is_part_of_the_interval() -> None:
     assert verdict.word != "falls"
 
 
+def test_bounds_may_speak_against_the_rest() -> None:
+    outcomes = [each for each in grid() if each.batch_size != 256 or each.lr >= 0.0038]  # the best is 0.0026
+    assert one(outcomes).verdict.word == "falls"  # and this may have fallen more
+    flat = [each for each in grid(rule=lambda noise: NoiseScaling(0.004, 1.0)) if each.batch_size != 256 or each.lr >= 0.004]
+    surge = one(flat)
+    assert surge.best[SIZES.index(256)].edge == "lowest"
+    assert surge.verdict.word == "undecided"
+    assert "the bounds above it may speak against the rest" in " ".join(surge_findings(surge))
+
+
 # --- replicas that did not get there, and rates that end too soon
 
 
