@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
@@ -226,7 +227,9 @@ def test_the_script_refuses_the_folder_of_another_grid(run: Run, tmp_path: Path)
 @pytest.mark.parametrize("experiment", [each for each in choices("experiment") if each.startswith("surge_")])
 def test_presets_compose(experiment: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("surge_grid", [f"experiment={experiment}"])
+        cfg = compose("surge_grid", [f"experiment={experiment}"], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+    assert cfg.hydra.run.dir == f"runs/{experiment}"
     OmegaConf.resolve(cfg.grid)
     grid = instantiate(cfg.grid)
     assert isinstance(grid, Grid)
