@@ -29,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--target", type=float, action="append", default=[], metavar="LOSS", help="a loss to reach; repeatable; all by default"
     )
+    parser.add_argument(
+        "--best",
+        choices=("drop", "steps"),
+        default="drop",
+        help="the best rate has the largest drop of the loss after the target, as in the paper, or the fewest steps to it",
+    )
     given = parser.parse_args(arguments)
     if find_spec("matplotlib") is None:
         parser.error("figures need matplotlib: pip install 'lightning_bsl[report]'")
@@ -46,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = sorted({each.target for each in outcomes})
         if unknown := sorted(set(given.target) - set(known)):
             parser.error(f"--target {unknown[0]:g}: not of this grid; it has {', '.join(f'{each:g}' for each in known)}")
-        surges = analyse_surge(outcomes, given.target)
+        surges = analyse_surge(outcomes, given.target, by=given.best)
     except ValueError as error:
         parser.error(f"{path}: {error}")
     overrides = train_overrides(given.folder)

@@ -124,7 +124,8 @@ class Population(LightningModule):
         >>> make = lambda seed: Classifier(cnn5(image_size=8, width=4), num_classes=10)
         >>> outcomes = []
         >>> population = Population(make, [(0, 0.01), (1, 0.01)], 8, [2.0], max_steps=200, on_end=outcomes.extend)
-        >>> trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        >>> trainer = Trainer(max_epochs=1, **quiet)
         >>> trainer.fit(population, PopulationData(Digits(), [0, 1], batch_size=8))
         >>> sorted((outcome.seed, outcome.status) for outcome in outcomes)
         [(0, 'reached'), (1, 'reached')]

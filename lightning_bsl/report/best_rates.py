@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from lightning_bsl.report.compare import LEVEL
 if TYPE_CHECKING:
     from lightning_bsl.population import Outcome  # loads torch
 
+By = Literal["drop", "steps"]  # what makes a rate the best: the largest mean drop of the loss (P4), or the fewest mean steps
+
 ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of an interval, as shares of the resamples
 
 
@@ -22,8 +24,7 @@ class Best(NamedTuple):
 
     Attributes:
         batch_size: B.
-        lr: The rate of the largest mean drop of the loss, of those at which half of the seeds or more reached the target; nan
-            without one.
+        lr: The best rate of those at which half of the seeds or more reached the target; nan without one.
         low: Lower end of its interval over seeds; nan for a single seed.
         high: Upper end.
         edge: "lowest" or "highest" where nothing beyond it was tried or reached the target: the rate is a bound. Else empty.
@@ -56,7 +57,8 @@ class Best(NamedTuple):
 class Cells:
     """Arrays [batch size, seed, rate] of the outcomes of a target."""
 
-    def __init__(self, outcomes: Sequence[Outcome], seeds: Sequence[int]) -> None:
+    def __init__(self, outcomes: Sequence[Outcome], seeds: Sequence[int], by: By) -> None:
+        self.by = by
         self.sizes, self.lrs = sorted({each.batch_size for each in outcomes}), sorted({each.lr for each in outcomes})
         places = [{value: i for i, value in enumerate(values)} for values in (self.sizes, seeds, self.lrs)]
         shape = len(self.sizes), len(seeds), len(self.lrs)
@@ -76,7 +78,7 @@ class Chosen(NamedTuple):
     place: NDArray[np.intp]
     found: NDArray[np.bool_]
     steps: NDArray[np.float64]
-    drops: NDArray[np.float64]  # [batch size, resample, rate]; -inf where the rate does not count
+    scores: NDArray[np.float64]  # [batch size, resample, rate], the more the better; -inf where the rate does not count
 
 
 def choose(cells: Cells, draws: NDArray[np.int64]) -> Chosen:
@@ -84,14 +86,14 @@ def choose(cells: Cells, draws: NDArray[np.int64]) -> Chosen:
     there, reached, drop, steps = (draws @ each for each in (cells.there, cells.reached, cells.drop, cells.steps))
     counts = cells.whole[:, None] & (reached > 0) & (2 * reached >= there)
     with np.errstate(invalid="ignore"):
-        drops = np.where(counts, drop / reached, -math.inf)
-        steps = steps / reached
-    place = drops.argmax(axis=2)
+        drop, steps = drop / reached, steps / reached
+        scores = np.where(counts, drop if cells.by == "drop" else 1 / steps, -math.inf)
+    place = scores.argmax(axis=2)
 
     def at_best(values: NDArray[Any]) -> NDArray[Any]:
         return np.take_along_axis(values, place[..., None], axis=2)[..., 0]
 
-    return Chosen(place, at_best(counts), at_best(steps), drops)
+    return Chosen(place, at_best(counts), at_best(steps), scores)
 
 
 def best_of(cells: Cells, i: int, once: Chosen, drawn: Chosen, outcomes: Sequence[Outcome]) -> Best:
@@ -107,9 +109,9 @@ def best_of(cells: Cells, i: int, once: Chosen, drawn: Chosen, outcomes: Sequenc
     # percentiles that are rates of the grid, not means of two
     low, high = np.quantile(lrs, ENDS, method="inverted_cdf") if there > 1 and lrs.size else (math.nan, math.nan)
     # lower rates that were given up on may have been as good; higher ones that failed are no better
-    counting, tried = np.flatnonzero(np.isfinite(once.drops[i, 0])), np.flatnonzero(cells.whole[i])
+    counting, tried = np.flatnonzero(np.isfinite(once.scores[i, 0])), np.flatnonzero(cells.whole[i])
     edge = "lowest" if place == counting[0] else "highest" if place == tried[-1] else ""
-    steps, drop = float(once.steps[i, 0]), float(once.drops[i, 0, place])
+    steps, drop = float(once.steps[i, 0]), float(cells.drop[i, :, place].sum() / reached)
     return Best(size, cells.lrs[place], float(low), float(high), edge, drop, steps, steps * size, reached, there, counts)
 
 

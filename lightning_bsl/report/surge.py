@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bsl.report.best_rates import ENDS, Best, Cells, Chosen, best_of, choose, within_steps
+from lightning_bsl.report.best_rates import ENDS, Best, By, Cells, Chosen, best_of, choose, within_steps
 from lightning_bsl.schedules import NoiseScaling, ScalingRule, SurgeScaling
 from lightning_bsl.theory import CurveFit, TradeoffFit, compare_curves, fit_noise_batch_size, fit_peak_lr, lr_curve
 from lightning_bsl.theory.surge import Estimate
@@ -68,8 +68,10 @@ class Surge:
     Args:
         target: The loss to reach.
         extra_steps: Over which the drop of the loss was measured.
-        lrs: All rates, the columns of ``drops``.
-        drops: Mean drop of the loss for each batch size and rate; nan where fewer than half of the seeds reached the target.
+        lrs: All rates, the columns of ``scores``.
+        by: What makes a rate the best.
+        scores: Mean drop of the loss for each batch size and rate, or 1 / mean steps; nan where fewer than half of the seeds
+            reached the target.
         tried: Whether there are replicas, in the same shape.
         best: For each batch size.
         lacking: Replicas that are there, and that the whole grid has, of each batch size that lacks some.
@@ -83,8 +85,9 @@ class Surge:
 
     target: float
     extra_steps: int
+    by: By
     lrs: NDArray[np.float64]
-    drops: NDArray[np.float64]
+    scores: NDArray[np.float64]
     tried: NDArray[np.bool_]
     best: list[Best]
     lacking: dict[int, tuple[int, int]]
@@ -110,18 +113,26 @@ class Settings(NamedTuple):
 
 
 def analyse_surge(
-    outcomes: Sequence[Outcome], targets: Sequence[float] = (), *, resamples: int = 2000, fits: int = 200, seed: int = 0
+    outcomes: Sequence[Outcome],
+    targets: Sequence[float] = (),
+    *,
+    by: By = "drop",
+    resamples: int = 2000,
+    fits: int = 200,
+    seed: int = 0,
 ) -> list[Surge]:
     """Best rates, B_noise and curves of a grid, for each target loss.
 
     The best rate of a batch size is that of the largest mean drop of the loss, of those at which half of the seeds or more
-    reached the target. Intervals are percentiles over resamples of the seeds, the same for all batch sizes. Rates with fewer
-    seeds than others of the same batch size are left out: the fastest replicas of a pass are there first. Best rates that are
-    bounds are left out of all fits.
+    reached the target (P4); or that of the fewest mean steps, which few seeds tell apart more easily: a replica reaches its
+    target where the loss happens to be low, and with small batches the way back up hides the drop. Intervals are percentiles
+    over resamples of the seeds, the same for all batch sizes. Rates with fewer seeds than others of the same batch size are
+    left out: the fastest replicas of a pass are there first. Best rates that are bounds are left out of all fits.
 
     Args:
         outcomes: Of the replicas, as of `read_outcomes`.
         targets: Losses; all by default.
+        by: ``"drop"`` or ``"steps"``: what makes a rate the best.
         resamples: Of the seeds.
         fits: Of the steps, on the first of the resamples: each takes milliseconds.
         seed: Of the resamples.
@@ -157,7 +168,7 @@ def analyse_surge(
     results = []
     for target in sorted(targets or known, reverse=True):
         of = [each for each in outcomes if each.target == target]
-        results.append(_analyse(target, of, seeds, draws, fits, np.random.default_rng(seed + 1)))
+        results.append(_analyse(target, Cells(of, seeds, by), of, draws, fits, np.random.default_rng(seed + 1)))
     return results
 
 
@@ -184,31 +195,32 @@ def surge_settings(surge: Surge) -> Settings | None:
 
 def _analyse(
     target: float,
+    cells: Cells,
     outcomes: Sequence[Outcome],
-    seeds: Sequence[int],
     draws: NDArray[np.int64],
     fits: int,
     random: np.random.Generator,
 ) -> Surge:
-    cells = Cells(outcomes, seeds)
-    once, drawn = choose(cells, np.ones((1, len(seeds)), dtype=np.int64)), choose(cells, draws)
+    seeds = cells.there.shape[1]
+    once, drawn = choose(cells, np.ones((1, seeds), dtype=np.int64)), choose(cells, draws)
     best = [best_of(cells, i, once, drawn, outcomes) for i in range(len(cells.sizes))]
     used = [i for i, each in enumerate(best) if each.measured]
     sizes, lrs = np.array([best[i].batch_size for i in used]), np.array([best[i].lr for i in used])
     steps, examples = (np.array([getattr(best[i], name) for i in used]) for name in ("steps", "examples"))
     tradeoff = _or_reason(lambda: fit_noise_batch_size(steps, examples))
-    whole, number = len(seeds) * len(cells.lrs), cells.there.sum(axis=(1, 2)).astype(int).tolist()
+    whole, number = seeds * len(cells.lrs), cells.there.sum(axis=(1, 2)).astype(int).tolist()
     return Surge(
         target,
         outcomes[0].extra_steps,
+        cells.by,
         np.array(cells.lrs),
-        np.where(np.isfinite(once.drops[:, 0]), once.drops[:, 0], math.nan),
+        np.where(np.isfinite(once.scores[:, 0]), once.scores[:, 0], math.nan),
         cells.there.max(axis=1) > 0,
         best,
         {size: (here, whole) for size, here in zip(cells.sizes, number) if here < whole},
         tradeoff,
         _or_reason(lambda: fit_noise_batch_size(steps, examples, method="line")),
-        _resampled(tradeoff, sizes, drawn.steps[used], drawn.found[used], fits if len(seeds) > 1 else 0),
+        _resampled(tradeoff, sizes, drawn.steps[used], drawn.found[used], fits if seeds > 1 else 0),
         tradeoff if isinstance(tradeoff, str) else _or_reason(lambda: _curves(sizes, lrs, tradeoff)),
         _or_reason(lambda: compare_curves(sizes, lrs)),
         _judge(cells, best, once, drawn, tradeoff, random),

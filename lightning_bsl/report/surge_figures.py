@@ -15,11 +15,13 @@ from lightning_bsl.report.surge import Surge
 from lightning_bsl.theory import CriticalBatchFit, TradeoffFit, critical_batch_size_at_loss, lr_curve
 
 _SIZE = (4.4, 3.7)  # small, so that the letters are large enough on a phone
+_SCORES = {"drop": "drop of the loss", "steps": "steps to the target"}
+_SHARES = {"drop": "mean drop / best of the batch size", "steps": "fewest of the batch size / mean steps"}
 _BOUND = {"lowest": "v", "highest": "^"}
 
 
 def plot_surge(surge: Surge, folder: Path) -> list[Figure]:
-    """Draw the drops of the loss, the trade-off of steps and examples, and the best rates.
+    """Draw how good the rates are, the trade-off of steps and examples, and the best rates.
 
     Args:
         surge: Of the target.
@@ -29,9 +31,9 @@ def plot_surge(surge: Surge, folder: Path) -> list[Figure]:
         ModuleNotFoundError: matplotlib, the ``report`` extra, is not installed.
     """
     wanted = (
-        ("drop", _plot_drops, "mean drop of the loss against batch size and rate"),
+        (surge.by, _plot_scores, f"mean {_SCORES[surge.by]} against batch size and rate"),
         ("rates", _plot_rates, "best rate against batch size"),
-        ("steps", _plot_steps, "steps against examples"),
+        ("tradeoff", _plot_steps, "steps against examples"),
     )
     figures = []
     for name, plot, title in wanted:
@@ -78,22 +80,22 @@ def plot_noise(surges: Sequence[Surge], law: CriticalBatchFit | str, folder: Pat
     return Figure(folder / "noise.png", "noise", "loss", "B_noise against the loss")
 
 
-def _plot_drops(surge: Surge, figure: Any, axes: Any) -> None:
-    """Each column as a share of its best: drops differ far more between batch sizes than between rates."""
+def _plot_scores(surge: Surge, figure: Any, axes: Any) -> None:
+    """Each column as a share of its best: they differ far more between batch sizes than between rates."""
     from matplotlib.patches import Rectangle
 
     with np.errstate(invalid="ignore"):
-        most = np.array([best.drop for best in surge.best])[:, None]
-        shares = np.where(most > 0, surge.drops / most, math.nan).T
+        most = np.fmax.reduce(surge.scores, axis=1)[:, None]
+        shares = np.where(most > 0, surge.scores / most, math.nan).T
     said: set[str] = set()
     mesh = axes.pcolormesh(np.ma.masked_invalid(shares), cmap="viridis", vmin=0, vmax=1)
-    for row, column in np.argwhere((surge.tried & np.isnan(surge.drops)).T):
+    for row, column in np.argwhere((surge.tried & np.isnan(surge.scores)).T):
         label = None if "few" in said else "too few seeds"
         axes.add_patch(
             Rectangle((column, row), 1, 1, facecolor="#eeeeee", edgecolor="#888888", hatch="////", lw=0, label=label)
         )
         said.add("few")
-    figure.colorbar(mesh, ax=axes, label="mean drop / best of the batch size", extend="min")
+    figure.colorbar(mesh, ax=axes, label=_SHARES[surge.by], extend="min" if surge.by == "drop" else "neither")
     place = {lr: i + 0.5 for i, lr in enumerate(surge.lrs.tolist())}
     for column, best in enumerate(surge.best):
         if math.isnan(best.lr):

@@ -93,6 +93,12 @@ def _settings(surges: Sequence[Surge], overrides: Sequence[str]) -> str:
     return f"<h2>Settings</h2>\n{listed}"
 
 
+_BEST = {
+    "drop": "the largest mean drop of the loss over the {} steps after the target",
+    "steps": "the fewest mean steps to the target; drops are over the {} steps after it",
+}
+
+
 def _sizes_table(surge: Surge) -> Table:
     rows = []
     for best in surge.best:
@@ -105,7 +111,7 @@ def _sizes_table(surge: Surge) -> Table:
             *(Cell(f"{best.counts[status]:,}", best.counts[status]) for status in ("reached", "not_reached", "diverged")),
         ])  # fmt: skip
     note = (
-        f"The best rate has the largest mean drop of the loss over the {surge.extra_steps} steps after the target, of the "
+        f"The best rate has {_BEST[surge.by].format(surge.extra_steps)}, of the "
         f"rates at which half of the seeds or more reached it; &le; and &ge; mark a bound. In brackets its {LEVEL:.0%} "
         "interval over resamples of the seeds, no finer than the grid of rates. Drop, steps S, examples E = S B and seeds are "
         "those at the best rate; the last three columns count the replicas of all rates. In the heat map a cell is a share of "

@@ -251,7 +251,7 @@ def train_overrides(folder: str | Path) -> list[str]:
     found = []
     try:
         choices = OmegaConf.select(OmegaConf.load(hydra / "hydra.yaml"), "hydra.runtime.choices") or {}
-        named = [(group, str(choices.get(group))) for group in ("data", "model")]
+        named = [(group, str(choices.get(group))) for group in ("experiment", "data", "model")]
         found += [f"{group}={choice}" for group, choice in named if re.fullmatch(r"[\w.-]+", choice) and choice != "None"]
         found += [
             each for each in map(str, OmegaConf.load(hydra / "overrides.yaml")) if re.match(r"\+{0,2}(data|model)\.", each)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import re
-import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from lightning_bsl.report import Group, Target, default_baseline, find_runs, gro
 from lightning_bsl.report.compare import against_bounds, default_targets, estimate, how_soon, ratio, where_ended
 from lightning_bsl.report.overlays import band
 from lightning_bsl.report.runs import Run
+from tests.helpers import csv_rows, run_script
 from tests.test_conf import compose_config
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
@@ -73,20 +72,6 @@ def sweep(root: Path) -> Path:
             norms = [5.0 if epoch < end else 1.0 - 0.1 * seed for epoch in range(1, 7)]
             write_run(root / str(3 * number + seed), [f"scheduler={scheduler}", f"seed={seed}"], norms, sizes)
     return root
-
-
-def report(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # --- what is found
@@ -341,7 +326,7 @@ def test_report_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     write_run(tmp_path / "7", ["scheduler=<b>&", "seed=0"], [3, 2])
     (write_run(tmp_path / "8", ["seed=5"]) / "metrics.csv").unlink()
     arguments = (tmp_path, "--baseline", "increasing_both", "--target", "full_gradient_norm=1")
-    assert report(*arguments, monkeypatch=monkeypatch) == 0
+    assert run_script(SCRIPT, *arguments, monkeypatch=monkeypatch) == 0
     out, printed = tmp_path / "report", capsys.readouterr().out
     assert "runs: 8, groups: 3; 1 unfinished; 1 without metrics: 8" in printed
     page = (out / "report.html").read_text()
@@ -359,7 +344,7 @@ def test_report_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     (found,) = [row for row in rows if row["what"] == "ratio_to_increasing_both" and row["axis"] == "samples"]
     assert float(found["value"]) == pytest.approx(1 / (2 / 4 * 2 / 5 * 3 / 6) ** (1 / 3))
     assert found["interval"] == "paired"
-    assert report(tmp_path, "--out", tmp_path / "again", monkeypatch=monkeypatch) == 0  # its own report is no run
+    assert run_script(SCRIPT, tmp_path, "--out", tmp_path / "again", monkeypatch=monkeypatch) == 0  # its own report is no run
     assert (tmp_path / "again" / "report.html").exists()
 
 
@@ -367,7 +352,7 @@ def test_language_models_have_tokens_and_perplexity(tmp_path: Path, monkeypatch:
     text = "epoch,step,samples,tokens,batch_size,lr,val/perplexity\n0,9,100,6400,10,0.1,90\n0,19,200,12800,10,0.1,30\n"
     for seed in range(2):
         (write_run(tmp_path / str(seed), [f"seed={seed}"], epochs=2) / "metrics.csv").write_text(text)
-    assert report(tmp_path, "--target", "val/perplexity=40", monkeypatch=monkeypatch) == 0
+    assert run_script(SCRIPT, tmp_path, "--target", "val/perplexity=40", monkeypatch=monkeypatch) == 0
     out = tmp_path / "report"
     assert {file.name for file in out.glob("val_*")} == {
         f"val_perplexity-{axis}.png" for axis in ("epochs", "steps", "samples", "tokens")
@@ -399,7 +384,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     (tmp_path / "empty").mkdir()
     (write_run(tmp_path / "barren" / "0") / "metrics.csv").unlink()
     before = sorted(tmp_path.rglob("*"))
-    assert report(*arguments, monkeypatch=monkeypatch) == 2
+    assert run_script(SCRIPT, *arguments, monkeypatch=monkeypatch) == 2
     printed = capsys.readouterr().err
     for message in messages:
         assert message in printed

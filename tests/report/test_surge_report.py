@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from lightning_bsl.report import analyse_surge, surge_commands, surge_summary, t
 from lightning_bsl.report.surge import Surge, surge_settings
 from lightning_bsl.report.surge_text import surge_findings
 from lightning_bsl.schedules import NoiseScaling, ScalingRule, SurgeScaling
-from lightning_bsl.theory import TradeoffFit
+from lightning_bsl.theory import TradeoffFit, lr_curve
+from tests.helpers import csv_rows, run_script
 from tests.report.browser import browse, needs_browser, probed, skip_unless_it_starts
 from tests.test_conf import compose_config
 
@@ -66,20 +65,6 @@ def write(folder: Path, outcomes: Iterable[Outcome]) -> Path:
         writer.writerow(Outcome._fields)
         writer.writerows(outcomes)
     return folder
-
-
-def report(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setattr(sys, "argv", ["surge_report.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as error:
-        return error.code
-    return 0
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def one(outcomes: Sequence[Outcome], fits: int = 0) -> Surge:
@@ -192,6 +177,20 @@ def test_bounds_may_speak_against_the_rest() -> None:
     assert "the bounds above it may speak against the rest" in " ".join(surge_findings(surge))
 
 
+def test_the_fewest_steps_find_the_rates_where_noise_hides_the_drops() -> None:
+    random = np.random.default_rng(0)
+    outcomes = [each._replace(loss_drop=each.loss_drop - 2 * abs(random.normal())) for each in grid()]
+    (surge,) = analyse_surge(outcomes, by="steps", fits=0)
+    rates = np.array([best.lr for best in surge.best])
+    assert np.abs(np.log(rates / lr_curve(SurgeScaling(PEAK, NOISE), SIZES))).max() < 1.5 * math.log(1.25)
+    for best, size in zip(surge.best, SIZES):
+        of = [each for each in outcomes if (each.batch_size, each.lr) == (size, best.lr)]
+        assert best.steps == pytest.approx(np.mean([each.steps for each in of]))
+        assert best.drop == pytest.approx(np.mean([each.loss_drop for each in of]))
+    assert not isinstance(surge.tradeoff, str)
+    assert surge.tradeoff.noise_batch_size.low < NOISE < surge.tradeoff.noise_batch_size.high
+
+
 # --- replicas that did not get there, and rates that end too soon
 
 
@@ -205,7 +204,7 @@ def test_failures_are_counted_and_left_out() -> None:
     assert first.counts == {"reached": 0, "not_reached": 220, "diverged": 0}
     high = sum(lr > 0.005 for lr in LRS)
     assert all(best.counts == {"reached": 220 - 11 * high, "not_reached": 0, "diverged": 11 * high} for best in others)
-    assert np.isnan(surge.drops[:, -high:]).all() and surge.tried.all()
+    assert np.isnan(surge.scores[:, -high:]).all() and surge.tried.all()
     said = " ".join(surge_findings(surge))
     assert f"1,980 replicas reached the loss 0.6, 220 did not, {8 * 11 * high} diverged" in said
     assert "B = 2: at no rate did half of the seeds reach it" in said
@@ -244,7 +243,7 @@ def test_a_grid_under_way() -> None:
 
 def test_rates_may_differ_between_batch_sizes() -> None:
     surge = one([*grid(SIZES[:4], LRS[::2]), *grid(SIZES[4:], LRS[1::2])])
-    assert surge.drops.shape == (9, 11)
+    assert surge.scores.shape == (9, 11)
     assert surge.tried.sum() == 4 * 6 + 5 * 5
     assert surge.verdict.word == "falls"
 
@@ -315,12 +314,13 @@ def hydra_folder(folder: Path, betas: Sequence[float]) -> None:
 def test_the_settings_are_of_the_data_and_model_of_the_grid(tmp_path: Path) -> None:
     assert train_overrides(tmp_path) == []
     hydra_folder(tmp_path, [0.9, 0.999])
-    assert train_overrides(tmp_path) == ["data=fashion_mnist", "model=cnn5", "+model.net.width=4"]
+    named = ["experiment=surge_cnn5", "data=fashion_mnist", "model=cnn5"]
+    assert train_overrides(tmp_path) == [*named, "+model.net.width=4"]
     hydra_folder(tmp_path, [0, 0])
     assert train_overrides(tmp_path)[-1] == "optimizer.betas=[0.0,0.0]"
     assert compose_config(*train_overrides(tmp_path), "optimizer=adam").model.net.width == 4
     (tmp_path / ".hydra" / "overrides.yaml").write_text("[")
-    assert train_overrides(tmp_path) == ["data=fashion_mnist", "model=cnn5"]
+    assert train_overrides(tmp_path) == named
 
 
 # --- the command
@@ -330,10 +330,10 @@ def test_report_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     outcomes = grid(targets=[(0.8, 20.0), (0.6, NOISE)], seeds=8, sizes=SIZES[:8])
     write(tmp_path, [each for each in outcomes if each.batch_size < 256 or each.seed < 3])
     hydra_folder(tmp_path, [0, 0])
-    assert report(tmp_path, monkeypatch=monkeypatch) == 0
+    assert run_script(SCRIPT, tmp_path, monkeypatch=monkeypatch) == 0
     out, printed = tmp_path / "report", capsys.readouterr().out
     last = printed.rstrip().splitlines()[-1]
-    assert last.startswith("python scripts/train.py data=fashion_mnist model=cnn5")
+    assert last.startswith("python scripts/train.py experiment=surge_cnn5 data=fashion_mnist model=cnn5")
     assert "'optimizer.betas=[0.0,0.0]'" in last
     for said in ("not whole", "B = 256: 33 of 88", "Beyond B_noise the best rate", "No power law", "settings at a loss of 0.8"):
         assert said in printed, said
@@ -341,18 +341,20 @@ def test_report_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert last.replace("'", "&#x27;") in page
     assert not re.search(r"https?://", page)
     assert set(re.findall(r'(?:src|href)="([^,"]*)', page)) == {"data:image/png;base64"}
-    names = {f"{name}-{target}.png" for name in ("drop", "rates", "steps") for target in (0.8, 0.6)} | {"noise.png"}
+    names = {f"{name}-{target}.png" for name in ("drop", "rates", "tradeoff") for target in (0.8, 0.6)} | {"noise.png"}
     assert {file.name for file in out.iterdir()} == names | {"surge.html", "surge.csv", "surge_fits.csv"}
-    rows = read(out / "surge.csv")
+    rows = csv_rows(out / "surge.csv")
     assert [(float(row["target"]), int(row["batch_size"])) for row in rows] == [(t, b) for t in (0.8, 0.6) for b in SIZES[:8]]
     best = analyse_surge(outcomes[: len(outcomes) // 8 * 7], fits=0)[1].best[0]
     assert (float(rows[8]["lr"]), float(rows[8]["steps"])) == (best.lr, best.steps)
     fits = {
-        (row["target"], row["what"], row["fit"]): float(row["value"]) for row in read(out / "surge_fits.csv") if row["value"]
+        (row["target"], row["what"], row["fit"]): float(row["value"])
+        for row in csv_rows(out / "surge_fits.csv")
+        if row["value"]
     }
     assert fits["0.6", "noise_batch_size", "log"] == pytest.approx(NOISE, rel=0.3)
-    assert report(tmp_path, "--target=0.6", "--out", tmp_path / "again", monkeypatch=monkeypatch) == 0
-    assert {row["target"] for row in read(tmp_path / "again" / "surge.csv")} == {"0.6"}
+    assert run_script(SCRIPT, tmp_path, "--target=0.6", "--out", tmp_path / "again", monkeypatch=monkeypatch) == 0
+    assert {row["target"] for row in csv_rows(tmp_path / "again" / "surge.csv")} == {"0.6"}
 
 
 @pytest.mark.parametrize("outcomes", [
@@ -364,7 +366,7 @@ def test_report_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_too_little_is_said_not_thrown(
     outcomes: list[Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report(write(tmp_path, outcomes), monkeypatch=monkeypatch) == 0
+    assert run_script(SCRIPT, write(tmp_path, outcomes), monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
     assert "No B_noise from the steps" in printed and "at least 3 are needed" in printed
     assert printed.rstrip().endswith("no settings: neither steps nor rates give a B_noise and a peak")
@@ -398,7 +400,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         (tmp_path / name).mkdir()
         (tmp_path / name / "replicas.csv").write_bytes(content)
     before = sorted(tmp_path.rglob("*"))
-    assert report(*arguments, monkeypatch=monkeypatch) == 2
+    assert run_script(SCRIPT, *arguments, monkeypatch=monkeypatch) == 2
     printed = capsys.readouterr().err
     for message in messages:
         assert message in printed
