@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_bsl.callbacks.ceiling import is_out_of_memory
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.population.data import PopulationData
 from lightning_bsl.population.module import Loss, Outcome, Population
@@ -153,12 +154,13 @@ def run_grid(
             size = grid.replicas_per_pass
             while todo := list(_todo(grid, batch_size, done)):
                 size = size or fitting(make(todo[0][0]), datamodule, batch_size, trainer().strategy.root_device)
+                together = todo[:size]
                 try:
-                    _pass(grid, make, datamodule, todo[:size], batch_size, trainer(), end)
-                except torch.OutOfMemoryError:
-                    if size == 1:
+                    _pass(grid, make, datamodule, together, batch_size, trainer(), end)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or len(together) == 1:
                         raise
-                    size = -(-size // 2)
+                    size = -(-len(together) // 2)
     return outcomes
 
 

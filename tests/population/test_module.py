@@ -99,8 +99,8 @@ def test_a_replica_is_the_run_of_the_train_script(overrides: tuple[str, ...], lr
         eps=cfg.optimizer.get("eps", 1e-8),
     )  # fmt: skip
     assert together.steps == 20
-    for index, (seed, rate) in enumerate(replicas):
-        assert_equal(together, index, trained_alone(tmp_path / f"{seed}", seed, rate, 6, 20, *overrides))
+    index = 1 if lr < 0.001 else 0  # the other rate
+    assert_equal(together, index, trained_alone(tmp_path, *replicas[index], 6, 20, *overrides))
 
 
 @pytest.mark.parametrize("sign", [(), (SIGN,)])
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
 
 
 def steps_alone(seed: int, lr: float, most: int, data: Digits, probe: Any) -> tuple[int, float] | None:
-    """Steps to a loss of 1.6 and the drop in ten more, by a plain loop that always looks at the probe."""
+    """Steps to a loss of 2 and the drop in ten more, by a plain loop that always looks at the probe."""
     net = make_cnn(seed).net
     optimizer = torch.optim.Adam(net.parameters(), lr)
     step, check, reached, before = 0, 10, 0, math.nan
@@ -163,7 +163,7 @@ def steps_alone(seed: int, lr: float, most: int, data: Digits, probe: Any) -> tu
                     loss = nn.functional.cross_entropy(net(probe[0]), probe[1]).item()
                 if reached and step == reached + 10:
                     return reached, before - loss
-                if not reached and loss <= 1.6:
+                if not reached and loss <= 2.0:
                     reached, before = step, loss
                 if not reached and step == most:
                     return None
@@ -175,14 +175,14 @@ def test_steps_to_the_target_are_those_of_plain_loops() -> None:
     replicas = [(seed, lr) for lr in (0.02, 0.015, 0.01, 0.008) for seed in range(25)]
     outcomes: list[Outcome] = []
     trained_together(
-        make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[1.6], max_steps=200, on_end=outcomes.extend,
+        make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[2.0], max_steps=100, on_end=outcomes.extend,
         precision="32-true",
     )  # fmt: skip
     probe = PopulationData(data := Digits(), [0], 16, probe=50).probe()
     assert len(outcomes) == len(replicas)
     equal, reached = 0, 0
     for each in outcomes:
-        alone = steps_alone(each.seed, each.lr, 200, data, probe)
+        alone = steps_alone(each.seed, each.lr, 100, data, probe)
         reached += each.status == "reached"
         if each.status == "reached" and alone is not None:
             equal += (each.steps, each.loss_drop) == (alone[0], pytest.approx(alone[1], abs=1e-3))
