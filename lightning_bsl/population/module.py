@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call, replace_all_batch_norm_modules_, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from lightning_bsl.population.data import PopulationData
@@ -218,7 +219,8 @@ class Population(LightningModule):
             return value
 
         each = vmap(loss, in_dims=(0, 0 if replicas is None else None), randomness="different")
-        values: Tensor = each(dict(zip(self.names, stacked)), batch)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels would run replica by replica
+            values: Tensor = each(dict(zip(self.names, stacked)), batch)
         return values
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

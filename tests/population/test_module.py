@@ -89,7 +89,9 @@ def assert_equal(population: Population, index: int, state: dict[str, Tensor], t
     (("data=pydoc", "model=gpt_tiny", "optimizer=adam", "data.block_size=16"), 0.002),
     (("data=pydoc", "model=gpt_tiny", "optimizer=adam", SIGN, "data.block_size=16"), 0.0001),
     (("data=digits", "model=wide_resnet28_10", "+model.net.depth=10", "+model.net.widen_factor=1", "optimizer=adam"), 0.002),
-    (("data=digits", "model=resnet18", "optimizer=adam", SIGN, "+optimizer.eps=0.001"), 0.0001),
+    pytest.param(
+        ("data=digits", "model=resnet18", "optimizer=adam", SIGN, "+optimizer.eps=0.001"), 0.0001, marks=pytest.mark.slow
+    ),
 ], ids=["cnn5", "cnn5 sign", "gpt", "gpt sign", "BatchNorm", "resnet18 sign"])  # fmt: skip
 def test_a_replica_is_the_run_of_the_train_script(overrides: tuple[str, ...], lr: float, tmp_path: Path) -> None:
     cfg = compose_config(*overrides)
