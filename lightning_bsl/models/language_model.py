@@ -111,7 +111,7 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the batch's mean loss, and log it where the Trainer's loggers will write it."""
-        loss = _loss(self(batch), batch)
+        loss = self.full_loss(batch)
         # given once for each sequence: with "disable", torchmetrics 1.9 ignores weights
         self.train_loss.update(loss.detach().expand(len(batch)))
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

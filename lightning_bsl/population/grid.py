@@ -84,12 +84,11 @@ class Grid:
         return range(self.seeds) if isinstance(self.seeds, int) else self.seeds
 
 
-def read_outcomes(path: str | Path, targets: Sequence[float] | None = None) -> list[Outcome]:
+def read_outcomes(path: str | Path) -> list[Outcome]:
     """Read ``replicas.csv``, but for a last line that was cut short.
 
     Args:
         path: The file; one that is not there has no outcomes.
-        targets: Leave out replicas that have no outcome for each of these.
     """
     if not Path(path).exists():
         return []
@@ -101,12 +100,7 @@ def read_outcomes(path: str | Path, targets: Sequence[float] | None = None) -> l
             except (TypeError, ValueError, KeyError):
                 continue
             outcomes.append(Outcome(**values))
-    if targets is None:
-        return outcomes
-    found: dict[tuple[int, int, float], set[float]] = {}
-    for each in outcomes:
-        found.setdefault((each.batch_size, each.seed, each.lr), set()).add(each.target)
-    return [each for each in outcomes if found[each.batch_size, each.seed, each.lr] >= set(targets)]
+    return outcomes
 
 
 def run_grid(
@@ -135,9 +129,9 @@ def run_grid(
         ValueError: The file holds replicas of other targets or extra steps.
     """
     path = Path(path)
-    outcomes = read_outcomes(path, grid.targets)
-    if path.exists():
-        _check_same(grid, read_outcomes(path), path)
+    found = read_outcomes(path)
+    _check_same(grid, found, path)
+    outcomes = _whole(found, grid.targets)
     wanted = {(b, seed, lr) for b in grid.batch_sizes for seed in grid.rounds for lr in grid.lrs}
     done = {(each.batch_size, each.seed, each.lr) for each in outcomes}
     _write(path, outcomes)
@@ -238,6 +232,14 @@ def _kept_bytes(loss: Loss, batch: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         loss(batch)
     return sum(kept.values())
+
+
+def _whole(outcomes: Sequence[Outcome], targets: Sequence[float]) -> list[Outcome]:
+    """Those of the replicas that have an outcome for each target."""
+    found: dict[tuple[int, int, float], set[float]] = {}
+    for each in outcomes:
+        found.setdefault((each.batch_size, each.seed, each.lr), set()).add(each.target)
+    return [each for each in outcomes if found[each.batch_size, each.seed, each.lr] >= set(targets)]
 
 
 def _check_same(grid: Grid, found: Sequence[Outcome], path: Path) -> None:
