@@ -1,12 +1,50 @@
-"""Settings of all tests."""
+"""Settings and fixtures of all tests."""
 
+from __future__ import annotations
+
+import sys
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
+from harness.clock import Clock
+from harness.commands import Printed, Run, run_script
+from harness.processes import Pair
+
 # the models are tiny: a second thread would cost more than it gives, and the more where others use the cores
 torch.set_num_threads(1)
+
+FIRST = ("tests/schedules/", "tests/theory/")  # a broken formula is seen in seconds
+
+hypothesis.settings.register_profile("default tier", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("slow tier", deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis draws the same cases each time, but in the slow tier."""
+    slow = config.option.markexpr == "slow"
+    hypothesis.settings.load_profile("slow tier" if slow else "default tier")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the two processes shares them; the cases that are not quick are slow; formulas come first."""
+    for item in items:
+        if "pair" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+        if (quick := [mark.kwargs for mark in item.iter_markers("quick")]) and not any(map(partial(_is_one_of, item), quick)):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
+
+def _is_one_of(item: pytest.Item, cases: dict[str, list[object]]) -> bool:
+    """Whether each parameter that ``cases`` names has one of the values given there."""
+    values = item.callspec.params  # type: ignore[attr-defined]
+    return all(any(values[name] is each or values[name] == each for each in given) for name, given in cases.items())
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +53,35 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes over gloo."""
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.stop()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of our callbacks and of Lightning's, in the hands of the test."""
+    return Clock(monkeypatch, "lightning_bsl.callbacks.training_time", "lightning.pytorch.callbacks.timer")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a Hydra command as ``python scripts/...`` would, in this process; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_in(script: str, *overrides: str, folder: Path, fails: bool = False) -> Printed:
+        flags = [override for override in overrides if override.startswith("-")]
+        folders = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+        rest = [override for override in overrides if not override.startswith("-")]
+        code = run_script(script, *flags, *folders, *rest, monkeypatch=monkeypatch)
+        sys.stdout.flush()
+        printed = Printed(*capfd.readouterr())
+        assert bool(code) == fails, printed.both
+        return printed
+
+    return run_in

@@ -12,9 +12,13 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from harness import fits
+from harness.data import own, regression
+from harness.files import FASHION_MNIST, flat
+from harness.modules import Regression, equal
+from lightning_bsl import BatchLRScheduler
 from lightning_bsl.callbacks import (
     AdaptiveBatchLRScheduler,
     GradientNoiseScale,
@@ -26,33 +30,9 @@ from lightning_bsl.data import FashionMNIST
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.report import read_metrics
 from lightning_bsl.schedules import LinearScaling, SurgeScaling
-from tests.callbacks.test_micro_batches import N, Regression, examples
-from tests.helpers import flat, quiet
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-
-
-class Noting(Regression):
-    """Notes each batch, its epoch and rate, and where validation ran."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Dropout(0.2))
-        self.rates: list[float] = []
-        self.epochs: list[int] = []
-        self.validated: list[int] = []
-
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        if self.training:
-            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-            self.epochs.append(self.trainer.current_epoch)
-            return super().training_step(batch)
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor]) -> None:
-        self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
-
-    def on_validation_epoch_end(self) -> None:
-        self.validated.append(self.global_step)
+N = 61
+DATA = regression(N)
 
 
 def at_steps(*steps: int) -> Any:
@@ -60,13 +40,10 @@ def at_steps(*steps: int) -> Any:
     return lambda trainer, scheduler: scheduler.progress.step in steps
 
 
-def fit(scheduler: BatchLRScheduler, model: Any = None, workers: int = 0, path: Path | None = None, **arguments: Any) -> Any:
-    model = model or Noting()
+def fit(scheduler: BatchLRScheduler, *callbacks: Callback, workers: int = 0, **arguments: Any) -> Regression:
+    model = Regression(nn.Dropout(0.2))
     torch.manual_seed(4)
-    callbacks = [scheduler, *arguments.pop("callbacks", [])]
-    trainer = Trainer(**quiet(**{"max_epochs": 3} | arguments, callbacks=callbacks))
-    datamodule = BatchSizeDataModule(examples(), examples(), seed=1, num_workers=workers)
-    trainer.fit(model, datamodule=datamodule, ckpt_path=path)
+    fits.fit(model, own(DATA, DATA, num_workers=workers), scheduler, *callbacks, **arguments)
     return model
 
 
@@ -76,6 +53,9 @@ def adaptive(trigger: Any, **arguments: Any) -> AdaptiveBatchLRScheduler:
     )
 
 
+@pytest.mark.quick(workers=[0], cap=[None], steps=[(3,), (15, 16)])
+@pytest.mark.quick(workers=[0], cap=[5, "auto"], steps=[(2, 16, 40)])
+@pytest.mark.quick(workers=[2], cap=[5], steps=[(1, 5, 9)])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cap", [None, 5, "auto"])
 @pytest.mark.parametrize("steps", [(3,), (1, 5, 9), (15, 16), (2, 16, 40)])
@@ -84,18 +64,18 @@ def test_grows_inside_the_epoch(steps: tuple[int, ...], cap: Any, workers: int, 
     scheduler = adaptive(at_steps(*steps), max_device_batch_size=cap)
     model = fit(scheduler, workers=workers, logger=logger, log_every_n_steps=1)
     for epoch in range(3):  # each example once an epoch, across every change
-        assert sorted(flat(seen for seen, of in zip(model.seen, model.epochs) if of == epoch)) == list(range(N))
+        assert sorted(flat(batch.examples for batch in model.journal if batch.epoch == epoch)) == list(range(N))
     starts = [segment.start for segment in scheduler.segments]
-    clock, batches = 0, iter(zip(model.seen, model.rates, strict=True))
+    clock, batches = 0, iter(model.journal)
     for _ in range(3):  # step by step: the size and the rate of the segment that its first example lies in
         left = N
         while left:
             segment = scheduler.segments[sum(start <= clock for start in starts) - 1]
             size, taken = min(segment.batch_size, left), 0
             while taken < size:
-                batch, rate = next(batches)
-                taken += len(batch)
-                assert rate == segment.lr
+                batch = next(batches)
+                taken += len(batch.examples)
+                assert batch.lr == segment.lr
             assert taken == size
             left, clock = left - size, clock + size
     assert next(batches, None) is None
@@ -117,8 +97,8 @@ def test_is_the_open_loop_run_of_its_own_decisions(workers: int) -> None:
     scheduler = adaptive(at_steps(3, 9, 20))
     model = fit(scheduler, workers=workers)
     again = fit(BatchLRScheduler(scheduler.schedule.batch_size, scheduler.schedule.lr), workers=workers)
-    assert model.seen == again.seen
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert model.journal == again.journal
+    assert equal(model, again)
 
 
 TRIGGERS = {
@@ -127,27 +107,30 @@ TRIGGERS = {
 }
 
 
+@pytest.mark.quick(every=[13], workers=[0], cap=[5])
+@pytest.mark.quick(every=[13], workers=[2], cap=[None], trigger=["norm"])
+@pytest.mark.parametrize("every", [5, 13])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cap", [None, 5])
 @pytest.mark.parametrize("trigger", TRIGGERS)
-def test_resumes_bit_for_bit(trigger: str, cap: int | None, workers: int, tmp_path: Path) -> None:
+def test_resumes_bit_for_bit(trigger: str, cap: int | None, workers: int, every: int, tmp_path: Path) -> None:
     def scheduler() -> AdaptiveBatchLRScheduler:
         return adaptive(TRIGGERS[trigger](), check_every=3, max_device_batch_size=cap)
 
-    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     arguments: Any = {"workers": workers, "val_check_interval": 0.5, "enable_checkpointing": True}
     first = scheduler()
-    whole = fit(first, callbacks=[every], **arguments)
+    whole = fit(first, saver, **arguments)
     assert len(first.segments) > 2
     last = max(int(path.stem[5:]) for path in tmp_path.glob("*.ckpt"))
-    for step in range(2, last, 9 if workers else 5):
+    for step in range(2, last, every):
         if trigger == "plateau" and step in whole.validated:
             continue  # Lightning leaves out the validation that was due just after the checkpoint
         again = scheduler()
-        resumed = fit(again, path=tmp_path / f"step={step}.ckpt", **arguments)
+        resumed = fit(again, ckpt_path=tmp_path / f"step={step}.ckpt", **arguments)
         assert again.segments == first.segments, step
-        assert resumed.seen == whole.seen[len(whole.seen) - len(resumed.seen) :]
-        assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)), step
+        assert resumed.journal == [batch for batch in whole.journal if batch.step >= step]
+        assert equal(resumed, whole), step
 
 
 def test_the_progress_bar_and_is_last_batch_follow() -> None:
@@ -159,7 +142,7 @@ def test_the_progress_bar_and_is_last_batch_follow() -> None:
     last: list[bool] = []
     totals: list[int] = []
     bar = TQDMProgressBar()
-    fit(adaptive(at_steps(3)), callbacks=[bar, Watching()], enable_progress_bar=True, max_epochs=2)
+    fit(adaptive(at_steps(3)), bar, Watching(), enable_progress_bar=True, max_epochs=2)
     batches = 3 + math.ceil((N - 12) / 8)
     assert totals[2:batches] == [batches] * (batches - 2)
     assert [i for i, each in enumerate(last) if each] == [batches - 1, batches - 1 + math.ceil(N / 8)]
@@ -198,7 +181,7 @@ def test_capped_and_begun_anew() -> None:
     model = fit(scheduler)
     assert [segment.batch_size for segment in scheduler.segments] == [4, 6, 9, 14, 21, 30]
     again = fit(scheduler)
-    assert again.seen == model.seen
+    assert again.journal == model.journal
 
 
 @pytest.mark.parametrize(
@@ -235,18 +218,18 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="monitor='val/los'` is not logged"):
         fit(adaptive(PlateauTrigger("val/los")))
     with pytest.raises(MisconfigurationException, match="BatchSizeDataModule"):
-        Trainer(**quiet(callbacks=[adaptive(at_steps(1))])).fit(Noting(), train_dataloaders=[])
+        fits.fit(Regression(), [], adaptive(at_steps(1)))
 
 
-@pytest.mark.skipif(not DEBIAN.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_on_fashion_mnist(tmp_path: Path) -> None:
     scheduler = AdaptiveBatchLRScheduler(
         8, 0.05, GradientNormTrigger(start=3.0, subset=1000), gamma=1.4, maximum=256, check_every=40
     )
     logger = CSVLogger(tmp_path, name="", version="")
     torch.manual_seed(0)
-    trainer = Trainer(**quiet(max_epochs=2, callbacks=[scheduler], logger=logger, limit_val_batches=0))
-    trainer.fit(Classifier(cnn5(width=4), 10), FashionMNIST(DEBIAN, samples_per_epoch=4000))
+    data = FashionMNIST(FASHION_MNIST, samples_per_epoch=4000)
+    fits.fit(Classifier(cnn5(width=4), 10), data, scheduler, max_epochs=2, logger=logger, limit_val_batches=0)
     rows = read_metrics(tmp_path / "metrics.csv")
     assert scheduler.stage >= 2
     advances = [row for row in rows if "stage" in row]
@@ -272,7 +255,7 @@ def test_the_surge_law_of_the_measured_noise_scale() -> None:
 
     rule = SurgeScaling(0.1, noise_batch_size=32)
     scheduler = adaptive(NoiseScaleTrigger(), lr=rule, check_every=4)
-    model = fit(scheduler, callbacks=[Known(extra_every=None)])
+    model = fit(scheduler, Known(extra_every=None))
     assert model.rates[:8] == pytest.approx([rule(4)] * 8)  # nothing measured yet at the first check
     assert [segment.batch_size for segment in scheduler.segments[:3]] == [4, 8, 16]
     for segment, noise in zip(scheduler.segments[1:3], (10.0, 20.0)):  # at steps 8 and 12

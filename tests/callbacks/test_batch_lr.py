@@ -1,4 +1,5 @@
-import csv
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,15 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.optim import SGD
+from torch.utils.data import DataLoader
 
+from harness import data
+from harness.data import Stranger, StrangerWithAttribute, regression
+from harness.files import csv_rows, flat, logged
+from harness.fits import fit, trained
+from harness.loops import train_by_hand
+from harness.modules import Recorder, equal
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.callbacks.batch_lr import plan_fit
 from lightning_bsl.data import GlobalBatchSampler
@@ -34,93 +41,38 @@ from lightning_bsl.schedules import (
     SqrtScaling,
     Warmup,
 )
-from tests.helpers import flat, quiet
 
 N = 70
+DATA, VALIDATION = regression(N, dtype=torch.float32), regression(9, dtype=torch.float32)
 RATIO = 0.3
 
 
-def examples(size: int = N) -> TensorDataset:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(size, 3, generator=generator)
-    return TensorDataset(x, x.sum(dim=1, keepdim=True) + torch.randn(size, 1, generator=generator), torch.arange(size))
+def two_groups(parameters: list[torch.nn.Parameter]) -> SGD:
+    weight, bias = parameters
+    return SGD([{"params": [weight], "lr": 0.02}, {"params": [bias], "lr": 0.02 * RATIO}], momentum=0.9)
 
 
-class Seen(NamedTuple):
-    epoch: int
-    indices: list[int]
-    lr: float
-    ratio: float
-
-
-class Regression(LightningModule):
-    """Two param groups, momentum; notes what it is trained with."""
+class Regression(Recorder):
+    """Linear, with two param groups and momentum."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.nn.Linear(3, 1)
-        with torch.no_grad():
-            for parameter in self.net.parameters():
-                parameter.fill_(0.5)
-        self.seen: list[Seen] = []
-        self.batches_announced: list[int] = []
-        self.validations = 0
-
-    def on_train_epoch_start(self) -> None:
-        self.batches_announced.append(self.trainer.num_training_batches)
-
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        x, y, index = batch
-        first, second = self.trainer.optimizers[0].param_groups
-        self.seen.append(Seen(self.current_epoch, index.tolist(), first["lr"], second["lr"] / first["lr"]))
-        return torch.nn.functional.mse_loss(self.net(x), y)
-
-    def validation_step(self, batch: list[Tensor]) -> None:
-        x, y, _ = batch
-        self.log("val/loss", torch.nn.functional.mse_loss(self.net(x), y))
-
-    def on_validation_epoch_end(self) -> None:
-        self.validations += 1
-
-    def configure_optimizers(self) -> Any:
-        return optimizer_for(self.net)
+        super().__init__(torch.nn.Linear(3, 1), two_groups)
+        for parameter in self.parameters():
+            torch.nn.init.constant_(parameter, 0.5)
 
 
-def optimizer_for(net: torch.nn.Linear) -> torch.optim.SGD:
-    groups = [{"params": [net.weight], "lr": 0.02}, {"params": [net.bias], "lr": 0.02 * RATIO}]
-    return torch.optim.SGD(groups, momentum=0.9)
-
-
-def train_by_hand(steps: list[tuple[list[int], float]]) -> torch.nn.Linear:
-    """A plain PyTorch loop: indices and learning rate of each step."""
-    data, net = examples(), Regression().net
-    optimizer = optimizer_for(net)
-    ratio = 0.02 * RATIO / 0.02
-    for indices, lr in steps:
-        for group, factor in zip(optimizer.param_groups, (1.0, ratio)):
-            group["lr"] = lr * factor
-        x, y, _ = data[indices]
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(net(x), y).backward()
-        optimizer.step()
-    return net
-
-
-def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+def ratios(model: Recorder) -> list[float]:
+    """The second group's rate over the first's, batch by batch."""
+    return [batch.lrs[1] / batch.lr for batch in model.journal]
 
 
 def own(**arguments: Any) -> BatchSizeDataModule:
-    return BatchSizeDataModule(examples(), examples(9), **({"seed": 2} | arguments))
+    return data.own(DATA, VALIDATION, **{"seed": 2} | arguments)
 
 
-def fit(datamodule: Any, *callbacks: Callback, model: Any = None, ckpt_path: Any = None, **arguments: Any) -> Any:
-    model = model or Regression()
-    if not arguments.keys() & {"max_epochs", "max_steps"}:
-        arguments["max_epochs"] = 3
-    trainer = Trainer(**quiet(callbacks=list(callbacks), **arguments))
-    trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-    return model
+def stranger(**arguments: Any) -> Stranger:
+    """As people write them."""
+    return Stranger(DATA, VALIDATION, **{"eval_batch_size": 4, "shuffle": True} | arguments)
 
 
 class Step(NamedTuple):
@@ -179,38 +131,36 @@ CASES = [(name, bounds, 0) for name in SCHEDULES for bounds in BOUNDS] + [
 def test_every_step_is_the_schedules(name: str, bounds: dict[str, Any], workers: int, tmp_path: Path) -> None:
     scheduler = BatchLRScheduler(*SCHEDULES[name])
     logger = CSVLogger(tmp_path, name="", version="")
-    model = fit(own(num_workers=workers), scheduler, logger=logger, log_every_n_steps=1, **bounds)
+    model = trained(Regression(), own(num_workers=workers), scheduler, logger=logger, log_every_n_steps=1, **bounds)
     assert scheduler.plan is not None
     epochs = expected(JointSchedule(*SCHEDULES[name]), scheduler.plan.horizon, bounds.get("limit_train_batches", 1.0))
     steps = flat(epochs)
 
-    assert [(seen.epoch, seen.indices, seen.lr) for seen in model.seen] == [
+    assert [(batch.epoch, batch.examples, batch.lr) for batch in model.journal] == [
         (epoch, step.indices, step.lr) for epoch, kept in enumerate(epochs) for step in kept
     ]
-    assert [seen.ratio for seen in model.seen] == pytest.approx([RATIO] * len(model.seen))
+    assert ratios(model) == pytest.approx([RATIO] * len(steps))
     assert scheduler.progress.samples == steps[-1].samples
     assert scheduler.progress.step == len(steps)
     # the plan promised it
     assert (scheduler.plan.steps, scheduler.plan.samples) == (len(steps), steps[-1].samples)
     assert [s.batch_size for s in scheduler.plan.stages for _ in range(s.steps)] == [s.batch_size for s in steps]
     # and the log tells it
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["batch_size"]]
-    logged = {int(row["step"]): row for row in rows}
-    assert sorted(logged) == list(range(len(steps)))
+    rows = [row for row in csv_rows(tmp_path / "metrics.csv") if row["batch_size"]]
+    assert {int(row["step"]) for row in rows} == {*range(len(steps))}
     for row in rows:
         step = steps[int(row["step"])]
         assert [int(float(row["batch_size"])), int(float(row["samples"]))] == [step.batch_size, step.samples]
         assert float(row["lr"]) == step.lr
     # a plain loop over the same steps arrives at the same weights, bit for bit
-    assert equal(model.net, train_by_hand([(step.indices, step.lr) for step in steps]))
+    train_by_hand(by_hand := Regression(), DATA, [(step.indices, step.lr) for step in steps])
+    assert equal(model, by_hand)
 
 
 def test_the_logged_values_stand_beside_the_epochs_metrics(tmp_path: Path) -> None:
     scheduler = BatchLRScheduler(Exponential(8, 2), Exponential(0.01, 1.4))
-    fit(own(), scheduler, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1000)
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val/loss"]]
+    fit(Regression(), own(), scheduler, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1000)
+    rows = [row for row in csv_rows(tmp_path / "metrics.csv") if row["val/loss"]]
     assert [float(row["batch_size"]) for row in rows] == [8, 16, 32]
     assert [float(row["lr"]) for row in rows] == [0.01, 0.01 * 1.4, 0.01 * 1.4**2]
     assert [float(row["samples"]) for row in rows] == [N, 2 * N, 3 * N]
@@ -225,45 +175,18 @@ def test_the_counts_of_samples_are_exact_beyond_float32(tmp_path: Path) -> None:
             clock = {"epoch": 0, "step": 0, "samples": start}
             scheduler.load_state_dict({"epoch_start": clock, "progress": clock})
 
-    fit(own(), Late(), scheduler, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1, max_epochs=1)
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        samples = {int(float(row["samples"])) for row in csv.DictReader(file) if row["samples"]}
-    assert samples == {start + 7 * step for step in range(1, 11)}
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(Regression(), own(), Late(), scheduler, logger=logger, log_every_n_steps=1, max_epochs=1)
+    assert {int(samples) for samples in logged(tmp_path, "samples").values()} == {start + 7 * step for step in range(1, 11)}
 
 
 def test_validation_runs_every_epoch_while_the_batch_grows_and_shrinks() -> None:
-    model = fit(own(), BatchLRScheduler(Milestones([4, 32, 8], at=[1, 2])))
-    assert model.validations == 3
-    assert model.batches_announced == [18, 3, 9]
+    model = trained(Regression(), own(), BatchLRScheduler(Milestones([4, 32, 8], at=[1, 2])))
+    assert model.validated == [18, 18 + 3, 18 + 3 + 9]
+    assert model.announced == [18, 3, 9]
 
 
 # --- (b) somebody else's DataModule, or LightningModule ---------------------------------------------------------------------
-
-
-class WithHyperparameters(LightningDataModule):
-    """As people write them."""
-
-    def __init__(self, batch_size: int = 16, shuffle: bool = True) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), batch_size=self.hparams.batch_size, shuffle=self.hparams.shuffle)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(9), batch_size=4)
-
-
-class WithAttribute(LightningDataModule):
-    def __init__(self, batch_size: int = 16) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), batch_size=self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(9), batch_size=4)
 
 
 class WithLoaders(Regression):
@@ -274,10 +197,10 @@ class WithLoaders(Regression):
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), batch_size=self.hparams.batch_size, shuffle=True)
+        return DataLoader(DATA, batch_size=self.hparams.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(9), batch_size=4)
+        return DataLoader(VALIDATION, batch_size=4)
 
 
 class Bar(ProgressBar):
@@ -296,48 +219,42 @@ class Bar(ProgressBar):
 
 
 STRANGERS: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "hyperparameters": lambda: (WithHyperparameters(), Regression()),
-    "attribute": lambda: (WithAttribute(), Regression()),
+    "hyperparameters": lambda: (stranger(), Regression()),
+    "attribute": lambda: (StrangerWithAttribute(DATA, VALIDATION, eval_batch_size=4, shuffle=True), Regression()),
     "module": lambda: (None, WithLoaders()),
 }
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("kind", STRANGERS)
 @pytest.mark.parametrize("reload_every", [0, 2])
-def test_drop_in(stranger: str, reload_every: int) -> None:
+def test_drop_in(kind: str, reload_every: int) -> None:
     torch.manual_seed(0)
-    datamodule, model = STRANGERS[stranger]()
+    datamodule, model = STRANGERS[kind]()
     bar, scheduler = Bar(), BatchLRScheduler(Exponential(16, 2), Exponential(0.01, 1.4))
-    trainer = Trainer(
-        **quiet(
-            callbacks=[scheduler, bar],
-            enable_progress_bar=True,
-            max_epochs=3,
-            reload_dataloaders_every_n_epochs=reload_every,
-        )
-    )
-    trainer.fit(model, datamodule=datamodule)
+    options = {"enable_progress_bar": True, "reload_dataloaders_every_n_epochs": reload_every}
+    trainer = fit(model, datamodule, scheduler, bar, **options)
     batches = [math.ceil(N / size) for size in (16, 32, 64)]
     for epoch, (size, count) in enumerate(zip((16, 32, 64), batches)):
-        seen = [step for step in model.seen if step.epoch == epoch]
-        assert [len(step.indices) for step in seen] == [size] * (count - 1) + [N - size * (count - 1)]
-        assert sorted(flat(step.indices for step in seen)) == list(range(N))
-        assert {step.lr for step in seen} == {0.01 * 1.4**epoch}
-    assert [step.ratio for step in model.seen] == pytest.approx([RATIO] * len(model.seen))
-    assert bar.totals == bar.last == model.batches_announced == batches
-    assert model.validations == 3
+        steps = [batch for batch in model.journal if batch.epoch == epoch]
+        assert [len(step.examples) for step in steps] == [size] * (count - 1) + [N - size * (count - 1)]
+        assert sorted(flat(step.examples for step in steps)) == list(range(N))
+        assert {step.lr for step in steps} == {0.01 * 1.4**epoch}
+    assert ratios(model) == pytest.approx([RATIO] * len(model.journal))
+    assert bar.totals == bar.last == model.announced == batches
+    assert len(model.validated) == 3
     assert trainer.reload_dataloaders_every_n_epochs == reload_every
     assert scheduler.progress.samples == scheduler.plan.samples == 3 * N
     assert scheduler.progress.step == scheduler.plan.steps == sum(batches)
     # Lightning draws from the global generator too, so the loop by hand is given the batches that came
-    assert equal(model.net, train_by_hand([(step.indices, step.lr) for step in model.seen]))
+    train_by_hand(by_hand := Regression(), DATA, [(step.examples, step.lr) for step in model.journal])
+    assert equal(model, by_hand)
 
 
 def test_drop_in_with_accumulation() -> None:
     # 24 examples a step, in two batches of 12
     scheduler = BatchLRScheduler(Milestones([24, 40], at=[1]), Exponential(0.01, 1.4))
-    model = fit(WithHyperparameters(), scheduler, accumulate_grad_batches=2, max_epochs=2)
-    assert [[len(s.indices) for s in model.seen if s.epoch == e] for e in range(2)] == [[12] * 5 + [10], [20] * 3 + [10]]
+    model = trained(Regression(), stranger(), scheduler, accumulate_grad_batches=2, max_epochs=2)
+    assert model.sizes == [12] * 5 + [10] + [20] * 3 + [10]
     assert scheduler.progress.step == scheduler.plan.steps == 3 + 2
     assert scheduler.progress.samples == scheduler.plan.samples == 2 * N
 
@@ -345,45 +262,42 @@ def test_drop_in_with_accumulation() -> None:
 def test_drop_in_plans_what_it_does_with_a_schedule_over_steps() -> None:
     # the size changes only between epochs, where the schedule is asked: 8 (step 0), then 32 (step 9)
     scheduler = BatchLRScheduler(Milestones([8, 32], at=[4], unit="step"), Cosine(0.01, end=0.001, unit="step"))
-    model = fit(WithHyperparameters(), scheduler, max_epochs=2)
-    sizes = [len(step.indices) for step in model.seen]
-    assert sizes == [8] * 8 + [6] + [32, 32, 6]
-    assert scheduler.plan.steps == len(sizes)
+    model = trained(Regression(), stranger(), scheduler, max_epochs=2)
+    assert model.sizes == [8] * 8 + [6] + [32, 32, 6]
+    assert scheduler.plan.steps == len(model.sizes)
     assert [(stage.batch_size, stage.steps) for stage in scheduler.plan.stages] == [(8, 9), (32, 3)]
-    assert [step.lr for step in model.seen] == pytest.approx(
-        [0.001 + 0.0045 * (1 + math.cos(math.pi * i / 12)) for i in range(12)]
-    )
+    assert model.rates == pytest.approx([0.001 + 0.0045 * (1 + math.cos(math.pi * i / 12)) for i in range(12)])
 
 
 def test_drop_in_plans_a_loader_that_drops_its_last_batch() -> None:
-    class Dropping(WithHyperparameters):
-        def train_dataloader(self) -> DataLoader[Any]:
-            return DataLoader(examples(), batch_size=self.hparams.batch_size, drop_last=True)
-
     scheduler = BatchLRScheduler(Exponential(16, 2), Cosine(0.01, end=0.001, unit="samples"))
-    model = fit(Dropping(), scheduler, max_epochs=2)
-    assert scheduler.plan.steps == len(model.seen) == 4 + 2
+    model = trained(Regression(), stranger(drop_last=True), scheduler, max_epochs=2)
+    assert scheduler.plan.steps == len(model.journal) == 4 + 2
     assert scheduler.plan.samples == scheduler.progress.samples == 64 + 64
 
 
 def test_drop_in_plans_limited_batches_with_accumulation() -> None:
     # a limit counts what the loader gives: 4 batches of 8 are 2 steps of 16
     scheduler = BatchLRScheduler(16, 0.01)
-    fit(WithHyperparameters(), scheduler, max_epochs=2, limit_train_batches=4, accumulate_grad_batches=2)
+    fit(Regression(), stranger(), scheduler, max_epochs=2, limit_train_batches=4, accumulate_grad_batches=2)
     assert scheduler.plan.steps == scheduler.progress.step == 4
 
 
 # --- (c) what cannot work is refused before the first step ------------------------------------------------------------------
 
 
-class Ignoring(WithHyperparameters):
+class Ignoring(LightningDataModule):
+    def __init__(self, batch_size: int = 16) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), batch_size=10)
+        return DataLoader(DATA, batch_size=10)
 
 
 class WithoutSize(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), batch_size=16)
+        return DataLoader(DATA, batch_size=16)
 
 
 class WithScheduler(Regression):
@@ -406,8 +320,8 @@ def never_trains(
 ) -> None:
     model = model or Regression()
     with pytest.raises(error, match=f"(?s){message}"):
-        fit(datamodule, *callbacks, model=model, **arguments)
-    assert model.seen == []
+        fit(model, datamodule, *callbacks, **arguments)
+    assert model.journal == []
 
 
 GROWING = (Exponential(16, 2, maximum=64), Exponential(0.01, 1.4))
@@ -437,14 +351,12 @@ def test_refusals(message: str, make: Callable[[], tuple[Any, ...]]) -> None:
 @pytest.mark.parametrize("model", [Regression, WithLoaders])
 def test_a_bare_loader_is_refused(model: type[Regression]) -> None:
     # also beside a module that has a `train_dataloader` of its own, which Lightning then does not call
-    trainer = Trainer(**quiet(max_epochs=3, callbacks=[BatchLRScheduler(*GROWING)]))
-    module = model()
-    with pytest.raises(MisconfigurationException, match=r"DataLoader given to `fit`.*BatchSizeDataModule\(train=...\)"):
-        trainer.fit(module, DataLoader(examples(), batch_size=16))
-    assert module.seen == []
+    message = r"DataLoader given to `fit`.*BatchSizeDataModule\(train=...\)"
+    loader = DataLoader(DATA, batch_size=16)
+    never_trains(MisconfigurationException, message, loader, BatchLRScheduler(*GROWING), model=model())
 
 
-@pytest.mark.parametrize("datamodule", [own, WithHyperparameters])
+@pytest.mark.parametrize("datamodule", [own, stranger])
 def test_two_hands_on_the_learning_rate(datamodule: Callable[[], Any]) -> None:
     message = r"learning-rate scheduler \(StepLR\).*Return the optimizer alone, or write `lr=None`"
     never_trains(MisconfigurationException, message, datamodule(), BatchLRScheduler(*GROWING), model=WithScheduler())
@@ -469,10 +381,10 @@ def test_accumulation_with_an_exact_datamodule() -> None:
 def test_an_uneven_split(batch_size: Any) -> None:
     message = r"the batch size (15|17) (.* )?cannot be split evenly.*multiples of 2, or use a `BatchSizeDataModule`"
     scheduler = BatchLRScheduler(batch_size)
-    never_trains(MisconfigurationException, message, WithHyperparameters(), scheduler, accumulate_grad_batches=2)
+    never_trains(MisconfigurationException, message, stranger(), scheduler, accumulate_grad_batches=2)
 
 
-@pytest.mark.parametrize("datamodule", [own, WithHyperparameters])
+@pytest.mark.parametrize("datamodule", [own, stranger])
 @pytest.mark.parametrize(
     ("schedule", "message", "arguments"),
     [
@@ -493,28 +405,21 @@ def test_bad_schedules(datamodule: Callable[[], Any], schedule: Any, message: st
     never_trains(ValueError, message, datamodule(), BatchLRScheduler(*schedule), **arguments)
 
 
-@pytest.mark.parametrize("datamodule", [own, WithHyperparameters])
+@pytest.mark.parametrize("datamodule", [own, stranger])
 @pytest.mark.parametrize("bounds", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 4 + 2 + 1}])
 def test_a_schedule_may_be_invalid_beyond_the_run(datamodule: Callable[[], Any], bounds: dict[str, int]) -> None:
     # 18, 36, 72 > 70 examples; a cosine that is 0 at the end; a warm-up target that is never left
     scheduler = BatchLRScheduler(Exponential(18, 2, maximum=70), Cosine(0.1, total=3))
-    model = fit(datamodule(), scheduler, **bounds)
-    assert len(model.seen) == 4 + 2 + 1
+    assert len(trained(Regression(), datamodule(), scheduler, **bounds).journal) == 4 + 2 + 1
     scheduler = BatchLRScheduler(Exponential(17.5, 2), Cosine(0.1, unit="step", total=4 + 2 + 1))
-    model = fit(datamodule(), scheduler, **bounds)
-    assert [len(step.indices) for step in model.seen] == [18] * 3 + [16] + [35, 35] + [70]
+    assert trained(Regression(), datamodule(), scheduler, **bounds).sizes == [18] * 3 + [16] + [35, 35] + [70]
 
 
 # --- (d) resume --------------------------------------------------------------------------------------------------------------
 
 
-def everything(model: Regression) -> tuple[list[Seen], list[Tensor], Any]:
-    state = model.optimizers(use_pl_optimizer=False).state_dict()  # type: ignore[union-attr]
-    return model.seen, [p.detach().clone() for p in model.parameters()], state
-
-
-def in_order() -> WithHyperparameters:
-    return WithHyperparameters(shuffle=False)  # torch's own shuffling cannot be resumed
+def in_order() -> Stranger:
+    return stranger(shuffle=False)  # torch's own shuffling cannot be resumed
 
 
 RESUMED = [
@@ -538,51 +443,54 @@ def test_resume_from_the_end_of_an_epoch(
             save_on_train_epoch_end=on_epoch_end,
         )
         scheduler = BatchLRScheduler(*SCHEDULES[name])
-        model = fit(datamodule(), scheduler, checkpoints, enable_checkpointing=True, max_epochs=4, ckpt_path=ckpt_path)
-        return model, scheduler
+        options = {"enable_checkpointing": True, "max_epochs": 4, "ckpt_path": ckpt_path}
+        return trained(Regression(), datamodule(), scheduler, checkpoints, **options), scheduler
 
     whole, clock = go(None)
     for epoch in (0, 1, 2):
         model, scheduler = go(tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        assert model.seen == [step for step in whole.seen if step.epoch > epoch]
-        assert equal(model.net, whole.net)
+        assert model.journal == [batch for batch in whole.journal if batch.epoch > epoch]
+        assert equal(model, whole)
         assert scheduler.progress == clock.progress
         assert scheduler.plan == clock.plan
-        assert model.validations == 4 - epoch - 1
+        assert len(model.validated) == 4 - epoch - 1
 
 
+@pytest.mark.quick(on_the_last_batch=[True], every=[1])
+@pytest.mark.quick(on_the_last_batch=[False], every=[6])
+@pytest.mark.parametrize("every", [1, 6])
 @pytest.mark.parametrize("on_the_last_batch", [False, True])
 @pytest.mark.parametrize("name", ["epoch", "step", "samples"])
-def test_resume_from_a_step(name: str, on_the_last_batch: bool, tmp_path: Path) -> None:
+def test_resume_from_a_step(name: str, on_the_last_batch: bool, every: int, tmp_path: Path) -> None:
     def go(folder: str, ckpt_path: Path | None) -> tuple[Regression, BatchLRScheduler]:
         checkpoints = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
         scheduler = BatchLRScheduler(*SCHEDULES[name])
-        model = fit(own(), scheduler, checkpoints, enable_checkpointing=True, max_epochs=3, ckpt_path=ckpt_path)
-        return model, scheduler
+        options = {"enable_checkpointing": True, "ckpt_path": ckpt_path}
+        return trained(Regression(), own(), scheduler, checkpoints, **options), scheduler
 
     whole, clock = go("whole", None)
-    for step in range(1, len(whole.seen)):
-        if on_the_last_batch != (whole.seen[step].epoch > whole.seen[step - 1].epoch):
-            continue
+    epochs = [batch.epoch for batch in whole.journal]
+    steps = [step for step in range(1, len(epochs)) if (epochs[step] > epochs[step - 1]) == on_the_last_batch]
+    for step in steps[::every]:
         model, scheduler = go(f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
-        assert model.seen == whole.seen[step:]
-        assert equal(model.net, whole.net)
+        assert model.journal == whole.journal[step:]
+        assert equal(model, whole)
         assert scheduler.progress == clock.progress
 
 
 def test_resume_a_finished_run_for_longer(tmp_path: Path) -> None:
     schedule = (Exponential(8, 1.5, every=7, unit="step", maximum=60), Exponential(0.01, 1.1, every=7, unit="step"))
     checkpoints = ModelCheckpoint(tmp_path, save_last=True)
-    fit(own(), BatchLRScheduler(*schedule), checkpoints, enable_checkpointing=True, max_epochs=2)
-    model = fit(own(), BatchLRScheduler(*schedule), max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
-    whole = fit(own(), BatchLRScheduler(*schedule), max_epochs=4)
-    assert model.seen == [step for step in whole.seen if step.epoch > 1]
-    assert equal(model.net, whole.net)
+    fit(Regression(), own(), BatchLRScheduler(*schedule), checkpoints, enable_checkpointing=True, max_epochs=2)
+    model = trained(Regression(), own(), BatchLRScheduler(*schedule), max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    whole = trained(Regression(), own(), BatchLRScheduler(*schedule), max_epochs=4)
+    assert model.journal == [batch for batch in whole.journal if batch.epoch > 1]
+    assert equal(model, whole)
 
 
 def test_the_state_is_plain(tmp_path: Path) -> None:
     scheduler = BatchLRScheduler(*GROWING)
-    fit(own(), scheduler)
+    fit(Regression(), own(), scheduler)
     assert scheduler.state_dict()["progress"] == {"epoch": 3, "step": 5 + 3 + 2, "samples": 3 * N}
     torch.save(scheduler.state_dict(), tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True) == scheduler.state_dict()
@@ -591,58 +499,49 @@ def test_the_state_is_plain(tmp_path: Path) -> None:
 # --- (e) beside other habits --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("datamodule", [own, WithHyperparameters])
+@pytest.mark.parametrize("datamodule", [own, stranger])
 @pytest.mark.parametrize("runs", [True, 3])
 def test_fast_dev_run(datamodule: Callable[[], Any], runs: int) -> None:
     scheduler = BatchLRScheduler(Warmup(4, then=Constant(64), over=0.5), Warmup(0.01, then=Cosine(0.1), over=5))
-    model = fit(datamodule(), scheduler, fast_dev_run=runs, max_epochs=10)
-    assert [(len(step.indices), step.lr) for step in model.seen] == [(4, 0.01)] * int(runs)
+    model = trained(Regression(), datamodule(), scheduler, fast_dev_run=runs, max_epochs=10)
+    assert (model.sizes, model.rates) == ([4] * int(runs), [0.01] * int(runs))
 
 
-@pytest.mark.parametrize("datamodule", [own, WithHyperparameters])
+@pytest.mark.parametrize("datamodule", [own, stranger])
 def test_several_fits_with_one_callback(datamodule: Callable[[], Any]) -> None:
-    scheduler, data = BatchLRScheduler(*GROWING), datamodule()
+    scheduler, same = BatchLRScheduler(*GROWING), datamodule()
     for _ in range(3):
-        model = fit(data, scheduler)
-        firsts = [next(step for step in model.seen if step.epoch == epoch) for epoch in range(3)]
-        assert [(len(step.indices), step.lr) for step in firsts] == [(16, 0.01), (32, 0.01 * 1.4), (64, 0.01 * 1.4**2)]
+        model = trained(Regression(), same, scheduler)
+        firsts = [next(batch for batch in model.journal if batch.epoch == epoch) for epoch in range(3)]
+        assert [(len(step.examples), step.lr) for step in firsts] == [(16, 0.01), (32, 0.01 * 1.4), (64, 0.01 * 1.4**2)]
         assert scheduler.progress.samples == 3 * N
 
 
 @pytest.mark.parametrize("datamodule", [own, in_order])
 def test_a_trainer_that_fits_on(datamodule: Callable[[], Any]) -> None:
-    whole = fit(datamodule(), BatchLRScheduler(*GROWING), max_epochs=3)
-    data, model = datamodule(), Regression()
-    trainer = Trainer(**quiet(max_epochs=1, callbacks=[BatchLRScheduler(*GROWING)]))
-    trainer.fit(model, datamodule=data)
+    whole = trained(Regression(), datamodule(), BatchLRScheduler(*GROWING))
+    same, model = datamodule(), Regression()
+    trainer = fit(model, same, BatchLRScheduler(*GROWING), max_epochs=1)
     trainer.fit_loop.max_epochs = 3
-    trainer.fit(model, datamodule=data)
-    assert [step[1:3] for step in model.seen] == [step[1:3] for step in whole.seen]
+    trainer.fit(model, datamodule=same)
+    assert (model.examples, model.rates) == (whole.examples, whole.rates)
 
 
 def test_learning_rate_monitor_before_the_scheduler(tmp_path: Path) -> None:
     scheduler = BatchLRScheduler(SCHEDULES["step"][0], lambda progress: 0.01 / (1 + progress.step))
-    model = fit(
-        own(),
-        LearningRateMonitor(logging_interval="step"),
-        scheduler,
-        logger=CSVLogger(tmp_path, name="", version=""),
-        log_every_n_steps=1,
-    )
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        rows = {int(row["step"]): float(row["lr-SGD/pg1"]) for row in csv.DictReader(file) if row["lr-SGD/pg1"]}
-    assert rows == {index: step.lr for index, step in enumerate(model.seen)}
+    monitor, logger = LearningRateMonitor(logging_interval="step"), CSVLogger(tmp_path, name="", version="")
+    model = trained(Regression(), own(), monitor, scheduler, logger=logger, log_every_n_steps=1)
+    assert logged(tmp_path, "lr-SGD/pg1") == dict(enumerate(model.rates))
 
 
-@pytest.mark.parametrize("datamodule", [own, WithHyperparameters])
+@pytest.mark.parametrize("datamodule", [own, stranger])
 def test_rates_left_to_the_module(datamodule: Callable[[], Any], tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    model = fit(datamodule(), BatchLRScheduler(GROWING[0]), model=WithScheduler(), logger=logger, log_every_n_steps=1)
-    assert [step.lr for step in model.seen] == [0.02] * 5 + [0.01] * 3 + [0.005] * 2
-    assert [len(step.indices) for step in model.seen] == [16] * 4 + [6] + [32, 32, 6] + [64, 6]
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        logged = {int(row["step"]): float(row["lr"]) for row in csv.DictReader(file) if row["lr"]}
-    assert logged == {index: step.lr for index, step in enumerate(model.seen)}
+    scheduler = BatchLRScheduler(GROWING[0])
+    model = trained(WithScheduler(), datamodule(), scheduler, logger=logger, log_every_n_steps=1)
+    assert model.rates == [0.02] * 5 + [0.01] * 3 + [0.005] * 2
+    assert model.sizes == [16] * 4 + [6] + [32, 32, 6] + [64, 6]
+    assert logged(tmp_path, "lr") == dict(enumerate(model.rates))
 
 
 def test_plan_fit_reads_the_trainers_arguments() -> None:

@@ -9,20 +9,24 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader
 
+from harness.cases import GROWING
+from harness.data import own, regression
+from harness.fits import KeptOnException, fit, quiet
+from harness.loops import whole_steps
+from harness.modules import Regression, equal
 from lightning_bsl import BatchLRScheduler
-from lightning_bsl.data import GlobalBatchSampler
 from lightning_bsl.report import read_metrics
 from lightning_bsl.schedules import Exponential, LinearScaling, NoiseScaling, Progress, SqrtScaling, SurgeScaling
 from lightning_bsl.schedules.scaling import ScalingRule
-from tests.callbacks.test_micro_batches import GROWING, N, Regression, examples, fit, own
-from tests.helpers import quiet
 
+N = 61
+DATA = regression(N)
 SCHEDULERS: dict[str, tuple[str, Callable[[Optimizer], Any]]] = {
     "StepLR": ("epoch", lambda optimizer: lr_scheduler.StepLR(optimizer, 1, gamma=0.5)),
     "ExponentialLR": ("step", lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.97)),
@@ -37,7 +41,7 @@ class Scheduled(Regression):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.rates: list[float] = []
+        self.left: list[float] = []  # the rate between steps
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
@@ -48,28 +52,25 @@ class Scheduled(Regression):
         }
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.left.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.log("rises", float(self.trainer.current_epoch), on_step=False, on_epoch=True)
-        return super().training_step(batch)
+        return super().training_step(batch, batch_idx)
 
 
 def by_hand(name: str, rule: ScalingRule) -> tuple[nn.Module, list[float]]:
     """A plain loop that multiplies the rate for the step alone; its weights, and the rates of its steps."""
-    data, model = examples(), Scheduled(name)
+    model = Scheduled(name)
     configured = model.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     every_step = configured["lr_scheduler"]["interval"] == "step"
-    sampler, clock, rates = GlobalBatchSampler(N, GROWING, seed=1), Progress(), []
-    for epoch in range(3):
-        order = sampler.permutation(epoch)
-        while order:
-            size = int(GROWING(clock))
-            x, y, _ = data[order[:size]]
-            order, clock = order[size:], clock.advance(len(order[:size]))
+    rates: list[float] = []
+    for epoch, steps in enumerate(whole_steps(GROWING, N, 3)):
+        for number, indices in enumerate(steps, len(rates)):
+            size = int(GROWING(Progress(epoch, number)))
             optimizer.zero_grad()
-            nn.functional.mse_loss(model.net(x), y).backward()
+            model.loss(DATA[indices]).backward()
             base = optimizer.param_groups[0]["lr"]
             optimizer.param_groups[0]["lr"] = base * rule.factor(size)
             rates.append(base * rule.factor(size))
@@ -87,14 +88,13 @@ def test_a_scaling_rule_multiplies_for_the_step_alone(name: str, tmp_path: Path)
     rule = SqrtScaling(1, base_batch_size=7)
     scheduler = BatchLRScheduler(GROWING, rule)
     model = Scheduled(name)
-    logger = CSVLogger(tmp_path, name="", version="")
-    fit(scheduler, model, callbacks=[scheduler], logger=logger, log_every_n_steps=1)
+    fit(model, own(DATA), scheduler, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
     reference, rates = by_hand(name, rule)
-    assert all(torch.equal(a, b) for a, b in zip(model.net.parameters(), reference.parameters(), strict=True))
+    assert equal(model.net, reference)
     # the log says what the steps were taken with; between them the rate is the module's own
     logged = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if "lr" in row and "loss" not in row]
     assert logged == pytest.approx(rates)
-    assert max(model.rates) <= 0.1 < max(rates) or name != "OneCycleLR"
+    assert max(model.left) <= 0.1 < max(rates) or name != "OneCycleLR"
 
 
 @pytest.mark.parametrize(
@@ -115,36 +115,30 @@ def test_a_rule_without_a_rate_of_its_own() -> None:
         def __call__(self, batch_size: int) -> float:
             return 0.1
 
-    scheduler = BatchLRScheduler(GROWING, Rule())
     with pytest.raises(TypeError, match="Rule needs its learning rate as first field"):
-        fit(scheduler, Scheduled("StepLR"), callbacks=[scheduler])
+        fit(Scheduled("StepLR"), own(DATA), BatchLRScheduler(GROWING, Rule()))
 
 
 def test_the_rate_is_given_back_when_a_step_fails(tmp_path: Path) -> None:
     class Failing(Scheduled):
-        def training_step(self, batch: list[Tensor]) -> Tensor:
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             if self.trainer.global_step == 6:
                 raise KeyError("data")
-            return super().training_step(batch)
+            return super().training_step(batch, batch_idx)
 
-    class Kept(OnExceptionCheckpoint):
-        def teardown(self, *_: Any, **__: Any) -> None:
-            """Would remove the checkpoint."""
-
-    scheduler = BatchLRScheduler(GROWING, SqrtScaling(1, base_batch_size=7))
+    rule, saver = SqrtScaling(1, base_batch_size=7), KeptOnException(tmp_path, "failed")
     with pytest.raises(KeyError):
-        fit(scheduler, Failing("ExponentialLR"), callbacks=[scheduler, Kept(tmp_path, "failed")], enable_checkpointing=True)
-    scheduler, resumed = BatchLRScheduler(GROWING, SqrtScaling(1, base_batch_size=7)), Scheduled("ExponentialLR")
-    fit(scheduler, resumed, callbacks=[scheduler], ckpt_path=tmp_path / "failed.ckpt")
-    reference, _ = by_hand("ExponentialLR", SqrtScaling(1, base_batch_size=7))
-    assert all(torch.equal(a, b) for a, b in zip(resumed.net.parameters(), reference.parameters(), strict=True))
+        fit(Failing("ExponentialLR"), own(DATA), BatchLRScheduler(GROWING, rule), saver, enable_checkpointing=True)
+    resumed = Scheduled("ExponentialLR")
+    fit(resumed, own(DATA), BatchLRScheduler(GROWING, rule), ckpt_path=tmp_path / "failed.ckpt")
+    assert equal(resumed.net, by_hand("ExponentialLR", rule)[0])
 
 
 def test_the_monitor_shows_the_modules_own_rate(tmp_path: Path) -> None:
     scheduler = BatchLRScheduler(GROWING, LinearScaling(1, base_batch_size=7))
     logger = CSVLogger(tmp_path, name="", version="")
     monitor = LearningRateMonitor("step")
-    fit(scheduler, Scheduled("StepLR"), callbacks=[monitor, scheduler], logger=logger, log_every_n_steps=1)
+    fit(Scheduled("StepLR"), own(DATA), monitor, scheduler, logger=logger, log_every_n_steps=1)
     rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "lr-SGD" in row]
     assert {row["lr-SGD"] for row in rows} == {0.05, 0.025, 0.0125}
 
@@ -167,7 +161,7 @@ class OneCycle(Regression):
         self.last_rate = optimizer.param_groups[0]["lr"]
 
     def train_dataloader(self) -> Any:
-        return DataLoader(examples(), batch_size=self.batch_size, shuffle=True)
+        return DataLoader(DATA, batch_size=self.batch_size, shuffle=True)
 
 
 @pytest.mark.parametrize("bounds", [{"max_epochs": 4}, {"max_epochs": -1, "max_steps": 17}])
@@ -177,10 +171,9 @@ def test_estimated_steps(exact: bool, bounds: dict[str, int], tmp_path: Path) ->
 
     def go(path: Path | None = None) -> tuple[OneCycle, Trainer]:
         scheduler = BatchLRScheduler(schedule)
-        trainer = Trainer(**quiet(**bounds, callbacks=[scheduler], enable_checkpointing=True, default_root_dir=tmp_path))
-        model = OneCycle(scheduler)
-        trainer.fit(model, datamodule=own() if exact else None, ckpt_path=path)
-        return model, trainer
+        model, data = OneCycle(scheduler), own(DATA) if exact else None
+        options = {"enable_checkpointing": True, "default_root_dir": tmp_path, **bounds}
+        return model, fit(model, data, scheduler, ckpt_path=path, **options)
 
     model, trainer = go()
     assert model.steps == trainer.global_step == min(16 + 8 + 4 + 2, bounds.get("max_steps", 99))
@@ -195,4 +188,4 @@ def test_estimated_steps_of_what_is_not_known() -> None:
     with pytest.raises(RuntimeError, match="from `configure_optimizers` on"):
         scheduler.estimated_steps(Trainer(**quiet(callbacks=[scheduler])))
     with pytest.raises(ValueError, match="give the Trainer `max_epochs`"):
-        fit(scheduler, OneCycle(scheduler), callbacks=[scheduler], max_epochs=-1)
+        fit(OneCycle(scheduler), own(DATA), scheduler, max_epochs=-1)

@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchmetrics import MeanMetric
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from harness.cases import GROWING
+from harness.data import own, regression
+from harness.files import flat
+from harness.fits import fit, out_of_memory
+from harness.loops import train_by_hand, whole_steps
+from harness.modules import Regression, assert_close, equal
+from lightning_bsl import BatchLRScheduler
 from lightning_bsl.callbacks.ceiling import cut
 from lightning_bsl.schedules import Milestones
-from tests.callbacks.test_micro_batches import GROWING, Regression, assert_close, examples, fit, own, train_by_hand
-from tests.helpers import quiet
 
+DATA = regression(61)
 STEPS = Milestones([5, 20, 35], at=[3, 8], unit="step")  # 20 runs out of memory, then 10; 5 fits
 
 
@@ -37,7 +42,7 @@ class Limited(Regression):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
         self.parts += 1
         self.mean_input.update(batch[0].float())
-        loss = super().training_step(batch)
+        loss = super().training_step(batch, batch_idx)
         self.log(f"of {len(batch[0])}", loss, on_step=False, on_epoch=True)  # a name that a failed attempt would leave behind
         if len(batch[0]) > self.limit:
             self.failures.append(len(batch[0]))
@@ -54,17 +59,13 @@ class Limited(Regression):
 
 
 def go(
-    model: Regression, cap: Any, schedule: Any = STEPS, known: int | None = None, **arguments: Any
+    model: Regression, cap: Any, *callbacks: Any, known: int | None = None, **arguments: Any
 ) -> tuple[Trainer, BatchLRScheduler]:
     torch.manual_seed(7)
-    scheduler = BatchLRScheduler(schedule, 0.05, max_device_batch_size=cap)
+    scheduler = BatchLRScheduler(STEPS, 0.05, max_device_batch_size=cap)
     if scheduler._ceiling is not None:
         scheduler._ceiling.size = known
-    path = arguments.pop("ckpt_path", None)
-    callbacks = [scheduler, *arguments.pop("callbacks", [])]
-    trainer = Trainer(**quiet(max_epochs=3, **arguments, callbacks=callbacks))
-    trainer.fit(model, datamodule=own(), ckpt_path=path)
-    return trainer, scheduler
+    return fit(model, own(DATA), scheduler, *callbacks, **arguments), scheduler
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
@@ -97,33 +98,31 @@ def test_equals_a_plain_loop(clip: float | None) -> None:
     class Shrinking(Regression):
         """Has ever less memory."""
 
-        def training_step(self, batch: list[Tensor]) -> Tensor:
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             if len(batch[0]) > 32 // (self.trainer.global_step + 2):
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().training_step(batch)
+                raise out_of_memory()
+            return super().training_step(batch, batch_idx)
 
-    model = Shrinking()
+    model, reference = Shrinking(), Regression()
     with pytest.warns(UserWarning, match="out of memory with micro-batches"):
-        fit(BatchLRScheduler(GROWING), model, callbacks=[BatchLRScheduler(GROWING, None, "auto")], gradient_clip_val=clip)
-    reference, _ = train_by_hand(GROWING, 3, clip)
-    assert_close(model.net, reference)
-    sizes = [len(indices) for indices in model.seen]
-    assert sizes[0] == 7 and 1 < sizes[-1] < 3
+        fit(model, own(DATA), BatchLRScheduler(GROWING, None, "auto"), gradient_clip_val=clip)
+    train_by_hand(reference, DATA, flat(whole_steps(GROWING, len(DATA), 3)), clip)
+    assert_close(model, reference)
+    assert model.sizes[0] == 7 and 1 < model.sizes[-1] < 3
 
 
 def test_a_step_that_fits_is_left_in_one_piece() -> None:
-    model = Regression()
-    fit(BatchLRScheduler(GROWING), model, callbacks=[BatchLRScheduler(GROWING, None, "auto")])
-    whole = fit(BatchLRScheduler(GROWING), callbacks=[BatchLRScheduler(GROWING)])
-    assert model.seen == whole.seen
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    model, whole = Regression(), Regression()
+    fit(model, own(DATA), BatchLRScheduler(GROWING, None, "auto"))
+    fit(whole, own(DATA), BatchLRScheduler(GROWING))
+    assert model.journal == whole.journal
+    assert equal(model, whole)
 
 
 @pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
 def test_outputs_are_of_the_whole_step() -> None:
     found = Limited(5)
-    scheduler = BatchLRScheduler(20, max_device_batch_size="auto")
-    Trainer(**quiet(max_epochs=1, callbacks=[scheduler], limit_train_batches=1)).fit(found, datamodule=own())
+    fit(found, own(DATA), BatchLRScheduler(20, max_device_batch_size="auto"), max_epochs=1, limit_train_batches=1)
     (output,) = found.outputs
     assert output["examples"] == 5
     assert output["loss"].shape == ()
@@ -134,19 +133,19 @@ def test_bfloat16() -> None:
     known, found = Limited(5), Limited(5)
     go(known, "auto", known=5, precision="bf16-mixed")
     go(found, "auto", precision="bf16-mixed")
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), known.parameters(), strict=True))
+    assert equal(found, known)
 
 
 @pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
 def test_resume_knows_what_was_found(tmp_path: Path) -> None:
     every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = Limited(5)
-    go(whole, "auto", enable_checkpointing=True, callbacks=[every])
+    go(whole, "auto", every, enable_checkpointing=True)
     for step in (2, 3, 4, 6, 8):
         resumed = Limited(5)
         go(resumed, "auto", ckpt_path=tmp_path / f"step={step}.ckpt")
         assert resumed.failures == ([20, 10] if step < 4 else [])
-        assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+        assert equal(resumed, whole)
 
 
 def test_what_is_no_lack_of_memory_is_raised() -> None:
@@ -161,8 +160,8 @@ def test_what_is_no_lack_of_memory_is_raised() -> None:
 @pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
 def test_not_even_one_example() -> None:
     class Never(Regression):
-        def training_step(self, batch: list[Tensor]) -> Tensor:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise out_of_memory()
 
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         go(Never(), "auto")
@@ -177,7 +176,7 @@ class Graphs(LightningModule):
 
     def training_step(self, batch: Tensor) -> Tensor:
         if batch.shape[1] > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise out_of_memory()
         return self.layer(batch.T).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -185,16 +184,15 @@ class Graphs(LightningModule):
 
 
 def test_a_batch_that_cannot_be_split() -> None:
-    datamodule = BatchSizeDataModule(examples(), collate_fn=lambda items: default_collate(items)[0].T)
-    scheduler = BatchLRScheduler(8, max_device_batch_size="auto")
+    datamodule = own(DATA, collate_fn=lambda items: default_collate(items)[0].T)
     with (
         pytest.warns(UserWarning, match="out of memory"),
         pytest.raises(MisconfigurationException, match=r"tensor of shape \(3, 8\) where 8 examples"),
     ):
-        Trainer(**quiet(max_epochs=1, callbacks=[scheduler])).fit(Graphs(), datamodule=datamodule)
+        fit(Graphs(), datamodule, BatchLRScheduler(8, max_device_batch_size="auto"), max_epochs=1)
 
 
-def testcut() -> None:
+def test_cut() -> None:
     Pair = namedtuple("Pair", "x y")
     x = torch.arange(6)
     batch = {"pair": Pair(x, [x, {"z": x.reshape(6, 1)}]), "names": list("abcdef"), "scalar": torch.tensor(3), "what": "text"}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -25,11 +24,15 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
+from harness.clock import Clock, Ticks
+from harness.data import Stranger
+from harness.files import flat, logged
+from harness.fits import fit, quiet, trained
+from harness.modules import Recorder, equal
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.schedules import Cosine, Exponential, Milestones, Progress
-from tests.helpers import flat, quiet
 
 N = 70
 DATA = TensorDataset(torch.linspace(-1, 1, N).unsqueeze(1), torch.arange(N))
@@ -38,77 +41,45 @@ EPOCHS = [[16, 16, 16, 16, 6], [32, 32, 6], [64, 6], [64, 6]]  # the sizes of th
 STEPWISE = Exponential(0.01, factor=0.9, every=2, unit="step")
 
 
-class Module(LightningModule):
-    """Notes every batch, its rate, and the step at which each validation runs."""
+class Module(Recorder):
+    """Its validation loss is ever worse."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(1, 1)
+        super().__init__(nn.Linear(1, 1))
         with torch.no_grad():
             self.net.weight.fill_(2.0), self.net.bias.fill_(0.5)
-        self.batches: list[list[int]] = []
-        self.rates: list[float] = []
-        self.validated: list[int] = []
-        self.losses = iter(range(1000))  # of validation: ever worse
+        self.losses = iter(range(1000))
 
-    @property
-    def sizes(self) -> list[int]:
-        return [len(batch) for batch in self.batches]
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x, indices = batch
-        self.batches.append(indices.tolist())
-        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-        return self.net(x).square().mean()
+    def loss(self, batch: Any) -> Tensor:
+        return self.net(batch[0]).square().mean()
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        pass
+        """What is logged, is logged at the end."""
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("test/size", float(len(batch[0])), reduce_fx="max")
 
     def on_validation_epoch_end(self) -> None:
-        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
-            self.validated.append(self.global_step)
+        before = len(self.validated)
+        super().on_validation_epoch_end()
+        if len(self.validated) > before:
             self.log("val/loss", float(next(self.losses)))
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
-
-class Strangers(LightningDataModule):
-    def __init__(self, batch_size: int = 7) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(DATA, batch_size=self.hparams.batch_size)
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(DATA, batch_size=5)
-
-    def test_dataloader(self) -> Any:
-        return DataLoader(DATA, batch_size=self.hparams.batch_size)
+def strangers() -> Stranger:
+    return Stranger(DATA, DATA, batch_size=7)
 
 
 def own(**arguments: Any) -> BatchSizeDataModule:
     return BatchSizeDataModule(DATA, DATA, DATA, eval_batch_size=7, **arguments)
 
 
-both = pytest.mark.parametrize("datamodule", [own, Strangers])
+both = pytest.mark.parametrize("datamodule", [own, strangers])
 
 
-def fit(datamodule: Any, *callbacks: Callback, model: Module | None = None, **arguments: Any) -> Module:
-    model = model or Module()
-    path = arguments.pop("ckpt_path", None)
-    trainer = Trainer(**quiet(**{"max_epochs": 4, "callbacks": list(callbacks), **arguments}))
-    trainer.fit(model, datamodule=datamodule, ckpt_path=path)
-    return model
-
-
-def logged(folder: Path, name: str) -> dict[int, float]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+def train(datamodule: Any, *callbacks: Callback, **arguments: Any) -> Module:
+    """Four epochs, unless told."""
+    return trained(Module(), datamodule, *callbacks, **{"max_epochs": 4} | arguments)
 
 
 # --- LearningRateMonitor -----------------------------------------------------------------------------------------------------
@@ -120,7 +91,7 @@ def logged(folder: Path, name: str) -> dict[int, float]:
 def test_learning_rate_monitor(datamodule: Any, first: bool, interval: Any, tmp_path: Path) -> None:
     callbacks = [LearningRateMonitor(interval), BatchLRScheduler(GROWING, STEPWISE)]
     logger = CSVLogger(tmp_path, name="", version="")
-    model = fit(datamodule(), *callbacks[:: 1 if first else -1], logger=logger, log_every_n_steps=1)
+    model = train(datamodule(), *callbacks[:: 1 if first else -1], logger=logger, log_every_n_steps=1)
     rates = [0.01 * 0.9 ** (step // 2) for step in range(len(flat(EPOCHS)))]
     assert model.rates == pytest.approx(rates)
     steps = range(len(rates)) if interval == "step" else [0, *accumulate(map(len, EPOCHS[:-1]))]
@@ -147,19 +118,18 @@ def test_checkpoints(datamodule: Any, arguments: dict[str, Any], saved: list[int
     def callbacks(folder: str) -> tuple[BatchLRScheduler, ModelCheckpoint]:
         return BatchLRScheduler(GROWING, STEPWISE), ModelCheckpoint(tmp_path / folder, "{step}", **arguments)
 
-    whole = fit(datamodule(), *callbacks("whole"), enable_checkpointing=True)
+    whole = train(datamodule(), *callbacks("whole"), enable_checkpointing=True)
     paths = {int(path.stem.partition("=")[2]): path for path in (tmp_path / "whole").glob("step=*.ckpt")}
     assert sorted(paths) == saved
     ends = [*accumulate(map(len, EPOCHS))]
     for step, path in paths.items():
-        if datamodule is Strangers and step not in ends:
+        if datamodule is strangers and step not in ends:
             continue  # Lightning cannot resume a loader inside an epoch
-        resumed = fit(datamodule(), *callbacks("resumed"), enable_checkpointing=True, ckpt_path=path)
-        assert resumed.batches == whole.batches[step:]
+        resumed = train(datamodule(), *callbacks("resumed"), enable_checkpointing=True, ckpt_path=path)
+        assert resumed.examples == whole.examples[step:]
         assert resumed.rates == whole.rates[step:]
         assert resumed.validated == [end for end in ends if end > step]
-        for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
-            assert torch.equal(one, other)
+        assert equal(resumed, whole)
 
 
 # --- what stops a run --------------------------------------------------------------------------------------------------------
@@ -171,13 +141,13 @@ def test_early_stopping_at_the_end_of_an_epoch(datamodule: Any, on_train_epoch_e
     stopping = EarlyStopping("val/loss", patience=2, check_on_train_epoch_end=on_train_epoch_end)
     checkpoint = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=on_train_epoch_end)
     scheduler = BatchLRScheduler(GROWING, STEPWISE)
-    model = fit(datamodule(), scheduler, stopping, checkpoint, enable_checkpointing=True, max_epochs=9)
+    model = train(datamodule(), scheduler, stopping, checkpoint, enable_checkpointing=True, max_epochs=9)
     assert stopping.stopped_epoch == 2
     assert model.sizes == flat(EPOCHS[:3])
     assert scheduler.progress._replace(horizon=Progress().horizon) == Progress(epoch=3, step=10, samples=3 * N)
-    whole = fit(datamodule(), BatchLRScheduler(GROWING, STEPWISE), max_epochs=9)
-    resumed = fit(datamodule(), BatchLRScheduler(GROWING, STEPWISE), max_epochs=9, ckpt_path=tmp_path / "last.ckpt")
-    assert resumed.batches == whole.batches[10:]
+    whole = train(datamodule(), BatchLRScheduler(GROWING, STEPWISE), max_epochs=9)
+    resumed = train(datamodule(), BatchLRScheduler(GROWING, STEPWISE), max_epochs=9, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.examples == whole.examples[10:]
     assert resumed.rates == whole.rates[10:]
 
 
@@ -197,28 +167,22 @@ def test_early_stopping_inside_an_epoch(datamodule: Any, tmp_path: Path) -> None
     # Lightning ends the epoch there and then, and resumes with the next
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     scheduler = BatchLRScheduler(GROWING, STEPWISE)
-    resumed = fit(datamodule(), scheduler, ckpt_path=tmp_path / "last.ckpt")
+    resumed = train(datamodule(), scheduler, ckpt_path=tmp_path / "last.ckpt")
     assert resumed.sizes == flat(EPOCHS[2:])
     assert resumed.rates == pytest.approx([0.01 * 0.9 ** (step // 2) for step in range(6, 10)])
     assert (scheduler.progress.epoch, scheduler.progress.samples) == (4, N + 32 + 2 * N)
 
 
-class Slow(Module):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        time.sleep(0.03)
-        return super().training_step(batch, batch_idx)
-
-
 @both
 @pytest.mark.parametrize("as_argument", [True, False])
-def test_max_time(datamodule: Any, as_argument: bool) -> None:
-    scheduler, duration = BatchLRScheduler(GROWING, STEPWISE), timedelta(seconds=0.25)
+@pytest.mark.parametrize("seconds", [85, 40, 130])
+def test_max_time(datamodule: Any, as_argument: bool, seconds: int, clock: Clock) -> None:
+    scheduler, duration = BatchLRScheduler(GROWING, STEPWISE), timedelta(seconds=seconds)
     bounds: Any = {"max_time": duration} if as_argument else {"max_epochs": -1}
-    trainer = Trainer(**quiet(callbacks=[scheduler] if as_argument else [Timer(duration), scheduler], **bounds))
-    trainer.fit(model := Slow(), datamodule=datamodule())
+    callbacks = [scheduler] if as_argument else [Timer(duration), scheduler]
+    trainer = fit(model := Module(), datamodule(), Ticks(clock, batch=10), *callbacks, **bounds)
     sizes = [*flat(EPOCHS), *EPOCHS[-1] * 10]
-    assert 3 <= len(model.sizes) <= 9
-    assert model.sizes == sizes[: len(model.sizes)]
+    assert model.sizes == sizes[: ceil(seconds / 10)]
     assert (scheduler.progress.step, scheduler.progress.samples) == (len(model.sizes), sum(model.sizes))
     assert model.rates == pytest.approx([0.01 * 0.9 ** (step // 2) for step in range(len(model.rates))])
     assert trainer.reload_dataloaders_every_n_epochs == 0
@@ -238,7 +202,7 @@ def test_no_fraction_of_a_run_bounded_by_time_alone(datamodule: Any, schedule: A
     with pytest.raises(ValueError, match=rf"length in unit '{unit}', which is not known here.*`max_epochs`"):
         trainer.fit(model := Module(), datamodule=datamodule())
     assert trainer.max_epochs == -1
-    assert model.batches == []
+    assert model.examples == []
 
 
 @both
@@ -269,13 +233,13 @@ def test_max_steps_alone(datamodule: Any, first: int, then: list[int], tmp_path:
 def test_one_trainer_fits_on_with_another_datamodule() -> None:
     scheduler = BatchLRScheduler(GROWING, STEPWISE)
     trainer = Trainer(**quiet(max_epochs=1, callbacks=[scheduler]))
-    model, strangers, ours = Module(), Strangers(), own()
-    for epoch, datamodule in enumerate([ours, strangers, ours, strangers]):
+    model, theirs, ours = Module(), strangers(), own()
+    for epoch, datamodule in enumerate([ours, theirs, ours, theirs]):
         trainer.fit_loop.max_epochs = epoch + 1
         trainer.fit(model, datamodule=datamodule)
         assert model.sizes == flat(EPOCHS[: epoch + 1])
         assert (scheduler.progress.epoch, scheduler.progress.samples) == (epoch + 1, (epoch + 1) * N)
-        assert strangers.hparams.batch_size == 7
+        assert theirs.hparams.batch_size == 7
         assert len(next(iter(ours.train_dataloader()))[0]) == 32  # its own `batch_size` again
     assert model.rates == pytest.approx([0.01 * 0.9 ** (step // 2) for step in range(len(model.rates))])
 
@@ -286,14 +250,14 @@ def test_a_finished_trainer_fits_no_further(datamodule: Any) -> None:
     trainer, data = Trainer(**quiet(max_epochs=2, callbacks=[scheduler])), datamodule()
     for _ in range(2):
         trainer.fit(model := Module(), datamodule=data)
-    assert model.batches == []
+    assert model.examples == []
     assert scheduler.progress.samples == 2 * N
 
 
 def test_one_scheduler_in_all_kinds_of_fits() -> None:
     scheduler = BatchLRScheduler(GROWING, STEPWISE, max_device_batch_size=None)
-    for datamodule in (own(), Strangers(), own(num_workers=1), Strangers()):
-        model = fit(datamodule, scheduler)
+    for datamodule in (own(), strangers(), own(num_workers=1), strangers()):
+        model = train(datamodule, scheduler)
         assert model.sizes == flat(EPOCHS)
         assert scheduler.progress._replace(horizon=Progress().horizon) == Progress(epoch=4, step=12, samples=4 * N)
 
@@ -347,7 +311,7 @@ def test_validation_and_test_before_and_after(datamodule: Any, tmp_path: Path) -
     ],
 )
 def test_validation_runs_when_it_should(datamodule: Any, arguments: dict[str, Any], steps: list[int]) -> None:
-    model = fit(datamodule(), BatchLRScheduler(GROWING, STEPWISE), **arguments)
+    model = train(datamodule(), BatchLRScheduler(GROWING, STEPWISE), **arguments)
     assert model.validated == steps
     assert model.sizes == flat(EPOCHS)
 
@@ -358,7 +322,7 @@ def test_validation_runs_when_it_should(datamodule: Any, arguments: dict[str, An
 def test_validation_where_the_batch_grows_inside_an_epoch(interval: float, steps: list[int]) -> None:
     # 10 10 10 10 | 20 10; 30 30 10; 60 10; 60 10
     schedule = Milestones([10, 20, 30, 60], at=[4, 6, 9], unit="step")
-    model = fit(own(), BatchLRScheduler(schedule), val_check_interval=interval)
+    model = train(own(), BatchLRScheduler(schedule), val_check_interval=interval)
     assert model.sizes == [10, 10, 10, 10, 20, 10, 30, 30, 10, 60, 10, 60, 10]
     assert model.validated == steps
 
@@ -380,13 +344,13 @@ def test_validation_where_the_batch_grows_inside_an_epoch(interval: float, steps
 )
 def test_parts_of_an_epoch(datamodule: Any, arguments: dict[str, Any], sizes: list[int]) -> None:
     scheduler = BatchLRScheduler(GROWING, Cosine(0.1, end=0.01, unit="step"))
-    model = fit(datamodule(), scheduler, **arguments)
+    model = train(datamodule(), scheduler, **arguments)
     assert model.sizes == sizes
     assert scheduler.plan is not None
     assert (scheduler.plan.steps, scheduler.plan.samples) == (len(sizes), sum(sizes))
     assert (scheduler.progress.step, scheduler.progress.samples) == (len(sizes), sum(sizes))
     if "overfit_batches" in arguments:
-        for batch in model.batches:
+        for batch in model.examples:
             assert batch == [*range(batch[0], batch[0] + len(batch))]  # in order, the same in every epoch
 
 
@@ -394,7 +358,7 @@ def test_parts_of_an_epoch(datamodule: Any, arguments: dict[str, Any], sizes: li
 @pytest.mark.parametrize("runs", [True, 2])
 def test_fast_dev_run_validates(datamodule: Any, runs: int) -> None:
     scheduler = BatchLRScheduler(GROWING, Cosine(0.1))
-    model = fit(datamodule(), scheduler, fast_dev_run=runs)
+    model = train(datamodule(), scheduler, fast_dev_run=runs)
     assert model.sizes == [16] * int(runs)
     assert model.validated == [int(runs)]
 
@@ -433,7 +397,7 @@ def test_progress_bars(datamodule: Any, kind: Callable[[], Any]) -> None:
             totals[-1].append(bar.total())
 
     bar = kind()
-    fit(datamodule(), BatchLRScheduler(GROWING, STEPWISE), bar, Watch(), enable_progress_bar=True)
+    train(datamodule(), BatchLRScheduler(GROWING, STEPWISE), bar, Watch(), enable_progress_bar=True)
     assert totals == [[len(epoch)] * len(epoch) for epoch in EPOCHS]
 
 
@@ -443,11 +407,11 @@ def test_progress_bars(datamodule: Any, kind: Callable[[], Any]) -> None:
 @both
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradient_clipping(datamodule: Any, algorithm: str) -> None:
-    model = fit(datamodule(), BatchLRScheduler(GROWING, STEPWISE), gradient_clip_val=0.3, gradient_clip_algorithm=algorithm)
+    model = train(datamodule(), BatchLRScheduler(GROWING, STEPWISE), gradient_clip_val=0.3, gradient_clip_algorithm=algorithm)
     reference = Module()
     optimizer = reference.configure_optimizers()
     clipped = 0
-    for step, batch in enumerate(model.batches):
+    for step, batch in enumerate(model.examples):
         optimizer.param_groups[0]["lr"] = 0.01 * 0.9 ** (step // 2)
         optimizer.zero_grad()
         reference.net(DATA.tensors[0][batch]).square().mean().backward()
@@ -457,7 +421,7 @@ def test_gradient_clipping(datamodule: Any, algorithm: str) -> None:
             clipped += any(bool((parameter.grad.abs() > 0.3).any()) for parameter in reference.parameters())
             nn.utils.clip_grad_value_(reference.parameters(), 0.3)
         optimizer.step()
-    assert clipped > len(model.batches) / 2
+    assert clipped > len(model.examples) / 2
     assert model.sizes == flat(EPOCHS)
     for one, other in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

@@ -7,53 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from harness import fits
+from harness.data import StrangerWithAttribute, own, regression
+from harness.modules import Recorder, equal
+from lightning_bsl import BatchLRScheduler
 from lightning_bsl.schedules import Diminishing, Progress
-from tests.helpers import quiet
 
 N = 18
+DATA = regression(N, dtype=torch.float32)
 
 
-def examples() -> TensorDataset:
-    x = torch.randn(N, 3, generator=torch.Generator().manual_seed(5))
-    return TensorDataset(x, x.prod(dim=1, keepdim=True), torch.arange(N))
+class Net(Recorder):
+    """Dropout and Adam."""
 
-
-class Net(LightningModule):
     def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
-        self.trained: list[Any] = []
-        self.validated: list[int] = []
+        net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        super().__init__(net, lambda parameters: torch.optim.Adam(parameters, lr=0.01))
+        self.losses: list[float] = []
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.trained.append((self.global_step, self.current_epoch, batch_idx, batch[2].tolist(), lr, loss.item()))
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
         return loss
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.validated.append(self.global_step)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-class Stranger(LightningDataModule):
-    def __init__(self, batch_size: int = 1) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), self.batch_size, generator=torch.Generator())
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), N, generator=torch.Generator())
 
 
 class SaveAll(Checkpoint):
@@ -92,33 +71,41 @@ def counts(path: Path) -> str:
     return f"{path.stem} {kept}"
 
 
-@pytest.mark.parametrize("own", [True, False])
+ARGUMENTS: list[dict[str, Any]] = [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"max_steps": 9}]
+
+
+@pytest.mark.quick(most=[6], batch_size=[grow], ours=[True])
+@pytest.mark.quick(most=[6], batch_size=[shrink], ours=[False])
+@pytest.mark.quick(most=[6], batch_size=[shrink], arguments=[{"max_steps": 9}])
+@pytest.mark.parametrize("most", [6, 1000])
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("batch_size", [grow, shrink])
-@pytest.mark.parametrize("arguments", [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"max_steps": 9}])
+@pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_resumes_from_whatever_a_resumed_run_saves(
-    arguments: dict[str, Any], batch_size: Any, own: bool, tmp_path: Path
+    arguments: dict[str, Any], batch_size: Any, ours: bool, most: int, tmp_path: Path
 ) -> None:
     def fit(folder: Path, path: Path | None = None) -> Net:
         seed_everything(1, verbose=False)
-        model = Net()
-        callbacks = [BatchLRScheduler(batch_size, Diminishing(0.01)), SaveAll(folder, inside=own)]
-        trainer = Trainer(**quiet(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **arguments))
-        datamodule = BatchSizeDataModule(examples(), examples()) if own else Stranger()
-        trainer.fit(model, datamodule=datamodule, ckpt_path=path)
+        scheduler, saver = BatchLRScheduler(batch_size, Diminishing(0.01)), SaveAll(folder, inside=ours)
+        theirs = StrangerWithAttribute(DATA, DATA, batch_size=1, eval_batch_size=N, generator=torch.Generator())
+        datamodule = own(DATA, DATA) if ours else theirs
+        options = {"max_epochs": 4, "enable_checkpointing": True, **arguments}
+        fits.fit(model := Net(), datamodule, scheduler, saver, ckpt_path=path, **options)
         return model
 
     whole = fit(tmp_path / "0")
     seen: set[str] = set()
     left = sorted((tmp_path / "0").iterdir())
-    while left:
-        path = left.pop()
+    while left and len(seen) < most:
+        path = left.pop(len(left) // 2)
         if counts(path) in seen:
             continue
         seen.add(counts(path))
         folder = tmp_path / str(len(seen))
         resumed = fit(folder, path)
         step = int(path.stem.split()[0])
-        assert resumed.trained == whole.trained[step:], path
+        assert resumed.journal == whole.journal[step:], path
+        assert resumed.losses == whole.losses[step:], path
         assert [at for at in resumed.validated if at > step] == [at for at in whole.validated if at > step], path
-        assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+        assert equal(resumed, whole)
         left += sorted(folder.iterdir()) if folder.exists() else []

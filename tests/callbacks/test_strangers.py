@@ -9,59 +9,46 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from harness.data import Stranger, own
+from harness.fits import fit, trained
+from harness.modules import Recorder
+from lightning_bsl import BatchLRScheduler
 from lightning_bsl.schedules import Cosine, Exponential, Milestones
-from tests.helpers import quiet
 
 N = 70
-DATA = TensorDataset(torch.linspace(-1, 1, N).unsqueeze(1))
+X = torch.linspace(-1, 1, N).unsqueeze(1)
+DATA = TensorDataset(X, X, torch.arange(N))
 GROWING = Exponential(16, factor=2, every=1, maximum=64)
 
 
-class Module(LightningModule):
-    """Notes the size of every batch."""
+class Module(Recorder):
+    """Linear."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(1, 1)
-        self.sizes: list[int] = []
-        self.firsts: list[float] = []
+        super().__init__(nn.Linear(1, 1))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x = self.tensor(batch)
-        self.sizes.append(len(x))
-        self.firsts.append(x[0].item())
-        return self.net(x).square().mean()
-
-    def tensor(self, batch: Any) -> Tensor:
-        return batch[0]
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing is logged."""
 
 
-class Data(LightningDataModule):
+class Data(Stranger):
+    """Without validation."""
+
     def __init__(self, batch_size: int = 16) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(DATA, batch_size=self.hparams.batch_size, shuffle=True)
-
-
-def fit(datamodule: Any, *callbacks: Callback, model: Module | None = None, **arguments: Any) -> Module:
-    model = model or Module()
-    path = arguments.pop("ckpt_path", None)
-    Trainer(**quiet(**{"max_epochs": 3, "callbacks": list(callbacks), **arguments})).fit(
-        model, datamodule=datamodule, ckpt_path=path
-    )
-    return model
+        super().__init__(DATA, batch_size=batch_size, shuffle=True)
 
 
 def test_a_batch_sampler_of_fixed_size_is_refused() -> None:
@@ -71,7 +58,7 @@ def test_a_batch_sampler_of_fixed_size_is_refused() -> None:
 
     model = Module()
     with pytest.raises(MisconfigurationException, match="batch_size=10"):
-        fit(Fixed(), BatchLRScheduler(GROWING), model=model)
+        fit(model, Fixed(), BatchLRScheduler(GROWING))
     assert model.sizes == []
 
 
@@ -82,7 +69,7 @@ def test_a_batch_sampler_that_follows_is_planned(drop_last: bool) -> None:
             return DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), self.hparams.batch_size, drop_last))
 
     scheduler = BatchLRScheduler(GROWING)
-    model = fit(Follows(), scheduler)
+    model = trained(Module(), Follows(), scheduler)
     assert scheduler.plan is not None
     assert (scheduler.plan.steps, scheduler.plan.samples) == (len(model.sizes), sum(model.sizes))
     assert scheduler.progress.samples == sum(model.sizes)
@@ -97,7 +84,7 @@ def test_the_sampler_says_how_long_an_epoch_is(sampler: Any, examples: int) -> N
             return DataLoader(DATA, batch_size=self.hparams.batch_size, sampler=sampler)
 
     scheduler = BatchLRScheduler(GROWING, Cosine(0.1, unit="step"))
-    model = fit(Sampled(), scheduler)
+    model = trained(Module(), Sampled(), scheduler)
     assert scheduler.plan is not None
     assert scheduler.plan.steps == len(model.sizes)
     assert scheduler.progress.samples == scheduler.plan.samples == 3 * examples
@@ -115,7 +102,7 @@ def test_a_cached_loader_is_refused_before_the_first_step(caches: str) -> None:
 
     model = Module()
     with pytest.raises(MisconfigurationException, match=r"will set `batch_size=32`.* batch_size=16"):
-        fit(Cached(), BatchLRScheduler(GROWING), model=model)
+        fit(model, Cached(), BatchLRScheduler(GROWING))
     assert model.sizes == []
 
 
@@ -125,11 +112,11 @@ def test_looking_ahead_draws_no_random_numbers() -> None:
             torch.rand(1)
             return super().train_dataloader()
 
-    firsts = []
+    orders = []
     for schedule in (GROWING, 16):  # a constant size gives no reason to look ahead
         torch.manual_seed(0)
-        firsts.append(fit(Draws(), BatchLRScheduler(schedule), max_epochs=1).firsts)
-    assert firsts[0] == firsts[1]
+        orders.append(trained(Module(), Draws(), BatchLRScheduler(schedule), max_epochs=1).examples)
+    assert orders[0] == orders[1]
 
 
 def test_a_dict_of_loaders() -> None:
@@ -138,11 +125,12 @@ def test_a_dict_of_loaders() -> None:
             return {"a": super().train_dataloader(), "b": DataLoader(TensorDataset(torch.rand(9, 1)), batch_size=3)}
 
     class Takes(Module):
-        def tensor(self, batch: Any) -> Tensor:
-            return batch["a"][0]
+        def batch(self, batch: Any) -> list[Tensor]:
+            tensors: list[Tensor] = batch["a"]
+            return tensors
 
     scheduler = BatchLRScheduler(GROWING, Cosine(0.1, unit="step"))
-    model = fit(Two(), scheduler, model=Takes())
+    model = trained(Takes(), Two(), scheduler)
     # three batches of "b" have Lightning begin "a" again in the last epoch
     assert model.sizes == [16] * 4 + [6] + [32, 32, 6] + [64, 6, 64]
     assert scheduler.plan is not None
@@ -150,7 +138,7 @@ def test_a_dict_of_loaders() -> None:
     assert scheduler.plan.steps == len(model.sizes)
     model = Takes()
     with pytest.raises(ValueError, match=r"learning rate is -0\.1"):
-        fit(Two(), BatchLRScheduler(GROWING, Milestones([0.1, -0.1], at=[1])), model=model)
+        fit(model, Two(), BatchLRScheduler(GROWING, Milestones([0.1, -0.1], at=[1])))
     assert model.sizes == []
 
 
@@ -164,11 +152,11 @@ def test_a_stream_is_checked_as_far_as_can_be_seen() -> None:
         def train_dataloader(self) -> Any:
             return DataLoader(Stream(), batch_size=self.hparams.batch_size)
 
-    model = fit(Streams(), scheduler := BatchLRScheduler(GROWING))
+    model = trained(Module(), Streams(), scheduler := BatchLRScheduler(GROWING))
     assert model.sizes == [16] * 4 + [6] + [32, 32, 6] + [64, 6]
     assert scheduler.progress.samples == 3 * N
     with pytest.raises(ValueError, match=r"learning rate is -0\.1"):
-        fit(Streams(), BatchLRScheduler(GROWING, Milestones([0.1, -0.1], at=[1])), model=(model := Module()))
+        fit(model := Module(), Streams(), BatchLRScheduler(GROWING, Milestones([0.1, -0.1], at=[1])))
     assert model.sizes == []
 
 
@@ -179,20 +167,18 @@ class Wrapped:
     x: Any
 
 
-@pytest.mark.parametrize("wrap", [Wrapped, lambda x: x.transpose(0, 1)])
+@pytest.mark.parametrize("wrap", [Wrapped, lambda tensors: [tensor.unsqueeze(0) for tensor in tensors]])
 def test_samples_do_not_depend_on_what_a_batch_looks_like(wrap: Any) -> None:
     class Strange(Data):
         def train_dataloader(self) -> Any:
-            return DataLoader(
-                DATA, batch_size=self.hparams.batch_size, collate_fn=lambda rows: wrap(torch.stack([row[0] for row in rows]))
-            )
+            return DataLoader(DATA, self.hparams.batch_size, collate_fn=lambda rows: wrap(default_collate(rows)))
 
     class Takes(Module):
-        def tensor(self, batch: Any) -> Tensor:
-            return batch.x if isinstance(batch, Wrapped) else batch.transpose(0, 1)
+        def batch(self, batch: Any) -> list[Tensor]:
+            return batch.x if isinstance(batch, Wrapped) else [tensor.squeeze(0) for tensor in batch]
 
     scheduler = BatchLRScheduler(GROWING)
-    fit(Strange(), scheduler, model=Takes())
+    fit(Takes(), Strange(), scheduler)
     assert scheduler.progress.samples == 3 * N
 
 
@@ -207,16 +193,16 @@ def test_the_batch_size_is_given_back() -> None:
 
         if fails:
             with pytest.raises(KeyError):
-                fit(datamodule, BatchLRScheduler(GROWING), model=Fails())
+                fit(Fails(), datamodule, BatchLRScheduler(GROWING))
         else:
-            fit(datamodule, BatchLRScheduler(GROWING))
+            fit(Module(), datamodule, BatchLRScheduler(GROWING))
         assert datamodule.hparams.batch_size == 7
 
 
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
-    fit(Data(), ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
+    fit(Module(), Data(), ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
     with pytest.raises(MisconfigurationException, match="load_from_checkpoint"):
-        fit(Data(), BatchLRScheduler(GROWING), ckpt_path=tmp_path / "last.ckpt", max_epochs=5)
+        fit(Module(), Data(), BatchLRScheduler(GROWING), ckpt_path=tmp_path / "last.ckpt", max_epochs=5)
 
 
 @pytest.mark.parametrize("every, jumps", [(1, False), (0.3, True)])
@@ -224,40 +210,36 @@ def test_a_longer_run_warns_of_a_jump(every: float, jumps: bool, tmp_path: Path)
     def scheduler() -> BatchLRScheduler:
         return BatchLRScheduler(Exponential(8, factor=2, every=every, maximum=64))
 
-    fit(Data(), scheduler(), ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
+    fit(Module(), Data(), scheduler(), ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(Data(), scheduler(), ckpt_path=tmp_path / "last.ckpt", max_epochs=10)
+        fit(Module(), Data(), scheduler(), ckpt_path=tmp_path / "last.ckpt", max_epochs=10)
     assert any("jumps from 64 to 16" in str(warning.message) for warning in caught) is jumps
 
 
-@pytest.mark.parametrize("datamodule", [Data, lambda: BatchSizeDataModule(DATA, DATA)])
+@pytest.mark.parametrize("datamodule", [Data, lambda: own(DATA, DATA)])
 def test_an_int_val_check_interval_must_fit_the_last_stage(datamodule: Any) -> None:
-    class Validates(Module):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            pass
-
     datamodule = datamodule()
     datamodule.val_dataloader = lambda: DataLoader(DATA, batch_size=10)
-    model = Validates()
+    model = Module()
     with pytest.raises(MisconfigurationException, match=r"val_check_interval=5.* only 2"):
-        fit(datamodule, BatchLRScheduler(GROWING), model=model, val_check_interval=5)
+        fit(model, datamodule, BatchLRScheduler(GROWING), val_check_interval=5)
     assert model.sizes == []
-    fit(datamodule, BatchLRScheduler(GROWING), model=model, val_check_interval=2)
-    fit(datamodule, BatchLRScheduler(GROWING), model=model, val_check_interval=5, check_val_every_n_epoch=None)
+    fit(model, datamodule, BatchLRScheduler(GROWING), val_check_interval=2)
+    fit(model, datamodule, BatchLRScheduler(GROWING), val_check_interval=5, check_val_every_n_epoch=None)
 
 
 def test_stochastic_weight_averaging() -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.05)
     with pytest.raises(MisconfigurationException, match="lr=None"):
-        fit(Data(), BatchLRScheduler(GROWING, 0.1), averaging)
-    fit(Data(), BatchLRScheduler(GROWING), averaging)
+        fit(Module(), Data(), BatchLRScheduler(GROWING, 0.1), averaging)
+    fit(Module(), Data(), BatchLRScheduler(GROWING), averaging)
 
 
 def test_overfit_batches_are_the_same_in_every_epoch() -> None:
     scheduler = BatchLRScheduler(8)
-    model = fit(BatchSizeDataModule(DATA), scheduler, overfit_batches=2)
-    assert model.firsts == model.firsts[:2] * 3
+    model = trained(Module(), own(DATA), scheduler, overfit_batches=2)
+    assert model.examples == model.examples[:2] * 3
     assert scheduler.plan is not None
     assert scheduler.plan.steps == len(model.sizes) == 6
 
@@ -267,4 +249,4 @@ def test_no_optimizer() -> None:
         def configure_optimizers(self) -> None:
             return None
 
-    assert fit(Data(), BatchLRScheduler(GROWING), model=Without()).sizes[-2:] == [64, 6]
+    assert trained(Without(), Data(), BatchLRScheduler(GROWING)).sizes[-2:] == [64, 6]
