@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from harness import fits
+from harness.data import Stranger, own
+from harness.modules import Recorder, assert_close
+from lightning_bsl import BatchLRScheduler
 from lightning_bsl.models import Classifier
 from lightning_bsl.schedules import Milestones
-from tests.helpers import quiet
 
 N = 61  # a prime: no batch size but 1 divides it, so each epoch ends with a short batch
 GROWING = [2, 3, 4, 5, 7, 9, 15, 20, 30, 60]  # N % size is 1 for most of them
@@ -55,27 +56,27 @@ def cnn() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3))
 
 
-class Module(LightningModule):
+class Module(Recorder):
+    """Its journal is written outside of what is compiled."""
+
     def __init__(self, net: nn.Module, logs: bool = False) -> None:
-        super().__init__()
-        self.net = net
+        super().__init__(net)
         self.logs = logs
-        self.sizes: list[int] = []
+
+    def batch(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        return list(batch.values())
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch["x"]), batch["y"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self.net(batch["x"]), batch["y"])
+        loss = self.loss(batch)
         if self.logs:
             self.log("train/loss", loss)
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.sizes.append(len(batch["y"] if isinstance(batch, dict) else batch[1]))
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val/loss", nn.functional.cross_entropy(self.net(batch["x"]), batch["y"]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+        self.note(batch, batch_idx)
 
 
 class Sized(Classifier):
@@ -91,31 +92,18 @@ def examples() -> TensorDataset:
 
 
 def named(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    x, y = zip(*rows)
-    return {"x": torch.stack(x), "y": torch.stack(y)}
+    x, y = default_collate(rows)
+    return {"x": x, "y": y, "index": torch.arange(len(y))}
 
 
-def own(**arguments: Any) -> BatchSizeDataModule:
-    return BatchSizeDataModule(examples(), examples(), eval_batch_size=25, **arguments)
-
-
-class Strangers(LightningDataModule):
-    def __init__(self, batch_size: int = 16) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), batch_size=self.hparams.batch_size, collate_fn=named)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(examples(), batch_size=25, collate_fn=named)
+def ours(**arguments: Any) -> Any:
+    return own(examples(), examples(), eval_batch_size=25, **arguments)
 
 
 def fit(model: Any, sizes: list[int], datamodule: Any = None, **arguments: Any) -> None:
     """Train an epoch with each size."""
     scheduler = BatchLRScheduler(Milestones(sizes, at=range(1, len(sizes))), 0.1, arguments.pop("max_device_batch_size", None))
-    trainer = Trainer(**quiet(max_epochs=len(sizes), callbacks=[scheduler], **arguments))
-    trainer.fit(model, datamodule=datamodule or own(collate_fn=named))
+    fits.fit(model, datamodule or ours(collate_fn=named), scheduler, max_epochs=len(sizes), **arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +141,7 @@ def test_a_users_module(way: Any, sizes: list[int]) -> None:
 @pytest.mark.parametrize("way", [compiled_model, compiled_net])
 def test_somebodys_datamodule(way: Any) -> None:
     model, module = way(counter := Counter(), mlp())
-    fit(model, GROWING, Strangers())
+    fit(model, GROWING, Stranger(examples(), collate_fn=named))
     assert {*module.sizes} >= {1, *GROWING}
     assert counter.compilations <= 2
     assert counter.calls == len(module.sizes)
@@ -210,20 +198,19 @@ def classifier(counter: Counter, monkeypatch: pytest.MonkeyPatch, net: nn.Module
 @pytest.mark.parametrize("sizes", [GROWING, FROM_ONE, SHRINKING, JUMPING])
 def test_classifier(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = classifier(counter := Counter(), monkeypatch, mlp()), Sized(mlp(), num_classes=3)
-    fit(model, sizes, own())
+    fit(model, sizes, ours())
     assert {*model.sizes} >= {1, *sizes}
     assert counter.compilations <= 2
     assert counter.calls == len(model.sizes)
-    fit(plain, sizes, own())
-    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    fit(plain, sizes, ours())
+    assert_close(model, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_classifiers_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     # a sweep: torch counts compilations by code object, and gives up silently at the eighth
     for _ in range(6):
         model = classifier(counter := Counter(), monkeypatch, mlp(nn.BatchNorm1d(8)))
-        fit(model, [2, 7, 15, 30], own(samples_per_epoch=60))
+        fit(model, [2, 7, 15, 30], ours(samples_per_epoch=60))
         assert 1 <= counter.compilations <= 2
         assert counter.calls == len(model.sizes)
 
@@ -233,6 +220,6 @@ def test_classifier_with_the_default_backend(monkeypatch: pytest.MonkeyPatch) ->
     from torch._inductor.compile_fx import compile_fx
 
     model = classifier(counter := Counter(compile_fx), monkeypatch, mlp())
-    fit(model, FROM_ONE, own())
+    fit(model, FROM_ONE, ours())
     assert counter.compilations <= 2
     assert counter.calls == len(model.sizes)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -28,18 +24,20 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule, FullGradientNorm, GradientNoiseScale
+from harness.data import own, regression
+from harness.files import FASHION_MNIST
+from harness.fits import fit, out_of_memory, trained
+from harness.modules import Recorder, Stateful, Step
+from harness.processes import Pair
+from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
 from lightning_bsl.callbacks.gradient_noise import Estimate, MovingAverage, Pieces
 from lightning_bsl.data import FashionMNIST, ImageTensors
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.report import read_metrics
 from lightning_bsl.schedules import Milestones
-from tests.helpers import quiet
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-DRAWS = 2000
+DRAWS = 2000  # for a mean with an error small enough
 SIZE = 16  # parameters of the linear model
 SQ_NORM, VARIANCE = 0.3, 5.0
 
@@ -111,26 +109,35 @@ class Noting(GradientNoiseScale):
         self.found.append(values)
 
 
-class Linear(LightningModule):
-    def __init__(self, memory: int = 10**9, fused: bool = False) -> None:
-        super().__init__()
-        self.net = nn.Linear(SIZE, 1, bias=False)
-        self.unused = nn.Parameter(torch.ones(3))
-        self.memory, self.fused = memory, fused
+class Linear(Recorder):
+    """The gradient of an example is the example; the journal has the pieces, and what is computed besides.
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        if len(batch[0]) > self.memory:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+    Args:
+        memory: The largest batch that fits.
+        fused: Which SGD.
+    """
+
+    def __init__(self, memory: int = 10**9, fused: bool = False) -> None:
+        super().__init__(nn.Linear(SIZE, 1, bias=False), partial(torch.optim.SGD, lr=0.0, fused=fused))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.memory = memory
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
         return self.net(batch[0]).mean()
 
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if len(batch[0]) > self.memory:
+            raise out_of_memory()
+        return super().training_step(batch, batch_idx)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0, fused=self.fused)
+        return self.optimizer(list(self.parameters()))
 
 
 def draws(number: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(number, SIZE, generator=generator) * (VARIANCE / SIZE) ** 0.5
-    return TensorDataset(noise + (SQ_NORM / SIZE) ** 0.5)
+    return TensorDataset(noise + (SQ_NORM / SIZE) ** 0.5, torch.arange(number))
 
 
 class Stranger(LightningDataModule):
@@ -146,21 +153,82 @@ class Stranger(LightningDataModule):
         return DataLoader(self.data, batch_sampler=[order[a:b] for a, b in pairwise(cuts) if a < len(order)])
 
 
-def measured(
+def measure(
     batch: int | list[int] = 12, cap: Any = None, model: Linear | None = None, steps: int = DRAWS, **arguments: Any
-) -> np.ndarray:
+) -> tuple[Linear, np.ndarray]:
     """Every step's estimates; ``batch`` is ours, or those of somebody's loader."""
     callback = Noting()
-    trainer_arguments = {"max_epochs": 1} | arguments
     if isinstance(batch, list):
         together = sum(batch) * arguments.get("accumulate_grad_batches", 1) // len(batch)
         datamodule: Any = Stranger(batch, together * steps)
         callbacks: list[Callback] = [callback]
     else:
-        datamodule = BatchSizeDataModule(draws(batch * steps), batch_size=batch)
+        datamodule = own(draws(batch * steps), batch_size=batch)
         callbacks = [BatchLRScheduler(batch, max_device_batch_size=cap), callback]
-    Trainer(**quiet(callbacks=callbacks, **trainer_arguments)).fit(model or Linear(), datamodule=datamodule)
-    return np.array(callback.found)
+    model = trained(model or Linear(), datamodule, *callbacks, **{"max_epochs": 1} | arguments)
+    return model, np.array(callback.found)
+
+
+def measured(*arguments: Any, **options: Any) -> np.ndarray:
+    return measure(*arguments, **options)[1]
+
+
+def of_pieces(pieces: list[Tensor], weights: list[float]) -> tuple[float, float]:
+    """The estimates by an analysis of variance: the spread of the pieces' gradients over what it is expected to be.
+
+    Args:
+        pieces: The examples of each piece, which are their gradients.
+        weights: What each counts in the step's gradient; together 1.
+    """
+    means = [piece.double().mean(dim=0) for piece in pieces]
+    step = sum(weight * mean for weight, mean in zip(weights, means))
+    spread = sum(weight * (mean - step).square().sum().item() for weight, mean in zip(weights, means))
+    small, big = (sum(w**power / len(piece) for w, piece in zip(weights, pieces)) for power in (1, 2))
+    variance = spread / (small - big)
+    return step.square().sum().item() - variance * big, variance
+
+
+def of_half(whole: Tensor) -> tuple[float, float]:
+    """The estimates from a batch and the first half of it: two equations, in two unknowns."""
+    half = whole[: len(whole) // 2]
+    norms = [part.double().mean(dim=0).square().sum().item() for part in (half, whole)]
+    return tuple(np.linalg.solve([[1, 1 / len(half)], [1, 1 / len(whole)]], norms).tolist())
+
+
+def by_hand(journal: list[Step], x: Tensor, weighed_alike: bool = False) -> Iterator[tuple[float, float]]:
+    """What each step of a journal says."""
+    for _, batches in groupby(journal, key=lambda batch: batch.step):
+        pieces = [x[batch.examples] for batch in batches]
+        if {*pieces[1].flatten().tolist()} < {*pieces[0].flatten().tolist()}:  # a part of the first, measured besides
+            yield of_half(pieces[0])
+        else:
+            total = sum(map(len, pieces))
+            yield of_pieces(pieces, [1 / len(pieces) if weighed_alike else len(piece) / total for piece in pieces])
+
+
+SOURCES = {
+    "half": {"batch": 13},
+    "half-stranger": {"batch": [12]},
+    "micro": {"batch": 12, "cap": 4},
+    "micro-unequal": {"batch": 13, "cap": 5},
+    "auto": {"batch": 13, "cap": "auto", "memory": 5},
+    "accumulated": {"batch": [3], "accumulate_grad_batches": 4},
+    "accumulated-unequal": {"batch": [1, 7, 2, 6], "accumulate_grad_batches": 4},
+    "bf16": {"batch": 16, "precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_says_what_its_gradients_say(source: str) -> None:
+    """A step's estimate is a closed form of the examples of its pieces."""
+    options = dict(SOURCES[source])
+    model, found = measure(model=Linear(options.pop("memory", 10**9)), steps=12, **options)
+    x = torch.cat([draws(500).tensors[0]])
+    expected = [*by_hand(model.journal, x, weighed_alike=source.startswith("accumulated"))]
+    assert len(found) == len(expected) == 12
+    tolerance = {"rtol": 0.05, "atol": 0.3} if source == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(found, expected, **tolerance)
 
 
 def assert_true(found: np.ndarray, least: int = DRAWS) -> None:
@@ -170,21 +238,12 @@ def assert_true(found: np.ndarray, least: int = DRAWS) -> None:
     assert np.all(error < 0.1 * np.array([SQ_NORM, VARIANCE]) + 0.02)  # else this would show nothing
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        pytest.param({"batch": 13}, id="half"),
-        pytest.param({"batch": [12]}, id="half-stranger"),
-        pytest.param({"batch": 12, "cap": 4}, id="micro"),
-        pytest.param({"batch": 13, "cap": 5}, id="micro-unequal"),
-        pytest.param({"batch": 13, "cap": "auto", "model": Linear(memory=5)}, id="auto"),
-        pytest.param({"batch": [3], "accumulate_grad_batches": 4}, id="accumulated"),
-        pytest.param({"batch": [1, 7, 2, 6], "accumulate_grad_batches": 4}, id="accumulated-unequal"),
-        pytest.param({"batch": 16, "precision": "bf16-mixed"}, id="bf16"),
-    ],
-)
-def test_every_source_has_the_right_mean(source: dict[str, Any]) -> None:
-    assert_true(measured(**source))
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_has_the_right_mean(source: str) -> None:
+    options = dict(SOURCES[source])
+    assert_true(measured(model=Linear(options.pop("memory", 10**9)), **options))
 
 
 def test_steps_cut_short_by_the_end_of_an_epoch() -> None:
@@ -192,32 +251,23 @@ def test_steps_cut_short_by_the_end_of_an_epoch() -> None:
     for _ in range(2):  # two epochs that end with an accumulated step of 2 batches of 3, and one of them of 1
         data = Stranger([3], 12 * 3 + 4)
         callback = Noting()
-        trainer = Trainer(**quiet(max_epochs=1, accumulate_grad_batches=4, callbacks=[callback]))
-        trainer.fit(Linear(), datamodule=data)
+        fit(Linear(), data, callback, max_epochs=1, accumulate_grad_batches=4)
         found.append(callback.found)
     assert len(found[0]) == 4
-    last = [each.mean(dim=0) for each in data.data.tensors[0][36:].split(3)]
-    step = (last[0] + last[1]) / 2
-    spread = sum(((each - step) ** 2).sum() for each in last) / 2
-    variance = (spread / (0.25 / 3 + 0.25 / 1)).item()
-    assert found[0][-1].variance == pytest.approx(variance, rel=1e-5)
-    big = (step @ step).item() - variance * (0.25 / 3 + 0.25 / 1)
-    assert found[0][-1].sq_norm == pytest.approx(big, rel=1e-4, abs=1e-6)
+    expected = of_pieces(list(data.data.tensors[0][36:].split(3)), [0.5, 0.5])
+    assert found[0][-1] == found[1][-1] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_a_short_step_and_one_example() -> None:
     for cap, count in ((None, 5), (3, 5)):
-        callback = Noting()
-        data = BatchSizeDataModule(draws(5 * 8 + 1), batch_size=8)
-        scheduler = BatchLRScheduler(8, max_device_batch_size=cap)
-        Trainer(**quiet(max_epochs=1, callbacks=[callback, scheduler])).fit(Linear(), datamodule=data)
+        callback, scheduler = Noting(), BatchLRScheduler(8, max_device_batch_size=cap)
+        fit(Linear(), own(draws(5 * 8 + 1)), callback, scheduler, max_epochs=1)
         assert len(callback.found) == count  # the step of one example has no halves
         assert scheduler.progress.step == 6
-    with_rest = measured(13, steps=1, cap=4)
-    order = BatchSizeDataModule(draws(13), batch_size=13).train_dataloader().batch_sampler.permutation(0)  # type: ignore[union-attr]
-    x = draws(13).tensors[0][order]
-    means = [(len(part), part.mean(dim=0)) for part in (x[:3], x[3:6], x[6:9], x[9:])]
-    between = sum(n * ((g - x.mean(dim=0)) ** 2).sum() for n, g in means) / 3
+    model, with_rest = measure(13, steps=1, cap=4)
+    assert model.sizes == [3, 3, 3, 4]
+    x = draws(13).tensors[0]
+    between = sum(n * (x[part].mean(dim=0) - x.mean(dim=0)).square().sum() for n, part in zip(model.sizes, model.examples)) / 3
     assert with_rest[0, 1] == pytest.approx(between.item(), rel=1e-5)
 
 
@@ -225,11 +275,11 @@ def test_a_step_that_ran_out_of_memory_half_way_is_counted_once() -> None:
     class Fails(Linear):
         calls = 0
 
-        def training_step(self, batch: list[Tensor]) -> Tensor:
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             Fails.calls += 1
             if Fails.calls == 5:  # the second micro-batch of the second step
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().training_step(batch)
+                raise out_of_memory()
+            return super().training_step(batch, batch_idx)
 
     class Counting(GradientNoiseScale):
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -238,8 +288,7 @@ def test_a_step_that_ran_out_of_memory_half_way_is_counted_once() -> None:
 
     counts: list[list[int]] = []
     callbacks = [Counting(every=1), BatchLRScheduler(13, max_device_batch_size="auto")]
-    data = BatchSizeDataModule(draws(39), batch_size=13)
-    Trainer(**quiet(max_epochs=1, callbacks=callbacks)).fit(Fails(memory=7), datamodule=data)
+    fit(Fails(memory=7), own(draws(39)), *callbacks, max_epochs=1)
     assert counts == [[6, 7], [3, 3, 3, 4], [3, 3, 3, 4]]
 
 
@@ -253,86 +302,56 @@ def test_clipping_and_loss_scaling_change_nothing() -> None:
             np.testing.assert_allclose(found, plain, rtol=0.02, atol=0.02)
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from lightning import Trainer
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from lightning_bsl.schedules import Milestones
-from tests.callbacks.test_gradient_noise import DRAWS, Linear, Noting, draws
-from tests.helpers import quiet
-
-callback = Noting(extra_every=None)
-processes = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
-# shares of 3 and 4 examples, whole; then of 6 and 7, in two micro-batches each; at last of 1 and none
-schedule = Milestones([7, 13], at=[DRAWS], unit="step")
-trainer = Trainer(**quiet(max_epochs=1, callbacks=[BatchLRScheduler(schedule, max_device_batch_size=4), callback], **processes))
-trainer.fit(Linear(), datamodule=BatchSizeDataModule(draws(7 * DRAWS + 13 * 500 + 1), batch_size=7))
-(Path(sys.argv[1]) / f"{trainer.global_rank}.json").write_text(json.dumps(callback.found))
-"""
+def measure_together(first: int, then: int) -> tuple[list[Step], list[Estimate]]:
+    """Shares of 3 and 4 examples, whole; then of 6 and 7, in two micro-batches each; at last of 1 and none."""
+    model, callback = Linear(), Noting(extra_every=None)
+    schedule = Milestones([7, 13], at=[first], unit="step")
+    fit(
+        model,
+        own(draws(7 * first + 13 * then + 1)),
+        BatchLRScheduler(schedule, max_device_batch_size=4),
+        callback,
+        max_epochs=1,
+        devices=2,
+        strategy="ddp_find_unused_parameters_true",
+        use_distributed_sampler=False,
+    )
+    return model.journal, callback.found
 
 
-def test_processes(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-    environment = os.environ | variables | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    assert len(first) == DRAWS + 500  # the last step, of one example, has one piece over both
-    assert_true(np.array(first[:DRAWS]))
-    assert_true(np.array(first[DRAWS:]), least=500)
+def test_processes(pair: Pair) -> None:
+    (first, found), (second, found_too) = pair(measure_together, 9, 8)
+    assert found == found_too
+    assert len(found) == 9 + 8  # the last step, of one example, has one piece over both
+    journal = sorted([*first, *second], key=lambda batch: batch.step)[:-2]
+    np.testing.assert_allclose(found, [*by_hand(journal, draws(200).tensors[0])], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_have_the_right_mean(pair: Pair) -> None:
+    (_, found), _ = pair(measure_together, DRAWS, 500)
+    assert_true(np.array(found[:DRAWS]))
+    assert_true(np.array(found[DRAWS:]), least=500)
 
 
 # --- training does not notice
 
 N = 131
-GENERATOR = torch.Generator().manual_seed(2)
-X = torch.randn(N, 6, generator=GENERATOR)
-Y = X.sum(dim=1, keepdim=True).sin() + torch.randn(N, 1, generator=GENERATOR) / 3
+DATA = regression(N, features=6, dtype=torch.float32)
 
 
-class Model(LightningModule):
-    """Dropout, BatchNorm, metrics, and a frozen parameter."""
+class Model(Stateful):
+    """Draws from the generators of torch and NumPy in each step."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
-        self.net[0].bias.requires_grad_(False)
-        self.mean = MeanMetric()
-        self.steps = 0
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        self.steps += 1
-        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1]) * (1 + torch.rand(()) + np.random.rand())
-        self.mean.update(loss)
-        self.log("train/mean", self.mean, on_step=False, on_epoch=True)
-        self.log_dict({"train/loss": loss}, on_step=True, on_epoch=True)
-        return {"loss": loss}
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return super().loss(batch) * (1 + torch.rand(()) + np.random.rand())
 
 
 class Limited(Model):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         if len(batch[0]) > 7:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise out_of_memory()
         return super().training_step(batch, batch_idx)
-
-
-class Order(Callback):
-    def __init__(self) -> None:
-        self.seen: list[list[int]] = []
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append(batch[2].tolist())
 
 
 class Plain(LightningDataModule):
@@ -340,9 +359,11 @@ class Plain(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         generator = torch.Generator().manual_seed(self.trainer.current_epoch)  # type: ignore[union-attr]
-        return DataLoader(TensorDataset(X, Y, torch.arange(N)), batch_size=9, shuffle=True, generator=generator)
+        return DataLoader(DATA, batch_size=9, shuffle=True, generator=generator)
 
 
+@pytest.mark.quick(workers=[0])
+@pytest.mark.quick(source=["micro"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["half", "micro", "auto", "accumulated"])
 def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> None:
@@ -350,40 +371,31 @@ def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> 
         pytest.skip("the same as without")
     cap: Any = {"micro": 7, "auto": "auto"}.get(source)
 
-    def go(name: str, *callbacks: Callback, path: Path | None = None) -> tuple[Model, Order, Any, list[dict[str, float]]]:
+    def go(name: str, *callbacks: Callback, path: Path | None = None) -> tuple[Model, Any, list[dict[str, float]]]:
         every = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        order, model = Order(), Limited() if source == "auto" else Model()
+        model = Limited() if source == "auto" else Model()
         scheduler: list[Callback] = []
         options: dict[str, Any] = {"accumulate_grad_batches": 3}
         datamodule: Any = Plain()
         if source != "accumulated":
-            datamodule = BatchSizeDataModule(TensorDataset(X, Y, torch.arange(N)), seed=1, num_workers=workers)
+            datamodule = own(DATA, num_workers=workers)
             schedule = Milestones([8, 16, 40], at=[9, 150], unit="samples")
             scheduler, options = [BatchLRScheduler(schedule, 0.01, max_device_batch_size=cap)], {}
         torch.manual_seed(5)
         np.random.seed(5)
-        trainer = Trainer(
-            **quiet(
-                max_epochs=3,
-                callbacks=[*scheduler, *callbacks, order, every],
-                enable_checkpointing=True,
-                logger=CSVLogger(tmp_path, name="", version=name),
-                log_every_n_steps=1,
-                gradient_clip_val=0.5,
-            ),
-            **options,
-        )
-        trainer.fit(model, datamodule=datamodule, ckpt_path=path)
+        options |= {"enable_checkpointing": True, "log_every_n_steps": 1, "gradient_clip_val": 0.5}
+        logger = CSVLogger(tmp_path, name="", version=name)
+        trainer = fit(model, datamodule, *scheduler, *callbacks, every, logger=logger, ckpt_path=path, **options)
         rng = [torch.rand(4), torch.from_numpy(np.random.rand(4))]
         state = {"weights": model.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "rng": rng}
         assert not any(p._backward_hooks for p in model.parameters())
-        return model, order, state, read_metrics(tmp_path / name / "metrics.csv")
+        return model, state, read_metrics(tmp_path / name / "metrics.csv")
 
-    model, order, state, rows = go("without")
+    model, state, rows = go("without")
     measuring = Noting(every=2, extra_every=3)
-    same, same_order, same_state, same_rows = go("with", measuring)
+    same, same_state, same_rows = go("with", measuring)
     torch.testing.assert_close(same_state, state, rtol=0, atol=0)
-    assert (same_order.seen, same.steps) == (order.seen, model.steps)
+    assert (same.journal, same.steps) == (model.journal, model.steps)
     assert len(measuring.found) >= 4
     ours = {"gradient_noise_scale", "gradient_sq_norm", "gradient_variance"}
     kept = [{k: v for k, v in row.items() if k not in ours} for row in same_rows]
@@ -396,9 +408,9 @@ def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> 
     if source == "accumulated":
         return  # Lightning alone does not resume a shuffled epoch exactly
     again = Noting(every=2, extra_every=3)
-    _, resumed_order, resumed_state, resumed_rows = go("resumed", again, path=tmp_path / "with" / "step=13.ckpt")
+    resumed, resumed_state, resumed_rows = go("resumed", again, path=tmp_path / "with" / "step=13.ckpt")
     torch.testing.assert_close(resumed_state, state, rtol=0, atol=0)
-    assert resumed_order.seen == order.seen[-len(resumed_order.seen) :]
+    assert resumed.journal == [batch for batch in model.journal if batch.step >= 13]
     assert 0 < len(again.found) < len(measuring.found)
     assert again.found == measuring.found[-len(again.found) :]
     assert again.state_dict() == measuring.state_dict()
@@ -407,10 +419,8 @@ def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> 
 
 def test_logs_when_the_trainer_does(tmp_path: Path) -> None:
     callback = GradientNoiseScale(every=4, extra_every=8)
-    data = BatchSizeDataModule(draws(12 * 30), batch_size=12)
     logger = CSVLogger(tmp_path, name="", version="")
-    trainer = Trainer(**quiet(max_epochs=1, callbacks=[callback], logger=logger, log_every_n_steps=8))
-    trainer.fit(Linear(), datamodule=data)
+    fit(Linear(), own(draws(12 * 30), batch_size=12), callback, max_epochs=1, logger=logger, log_every_n_steps=8)
     rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "gradient_variance" in row]
     assert [row["step"] for row in rows] == [7, 15, 23, 29]
     assert rows[-1]["gradient_variance"] == pytest.approx(callback.gradient_variance, rel=1e-6)
@@ -423,8 +433,7 @@ def test_logs_when_the_trainer_does(tmp_path: Path) -> None:
 def test_averages_begin_anew_with_a_run() -> None:
     callback = Noting()
     for _ in range(2):
-        trainer = Trainer(**quiet(max_epochs=1, callbacks=[callback]))
-        trainer.fit(Linear(), datamodule=BatchSizeDataModule(draws(36), batch_size=12))
+        fit(Linear(), own(draws(36), batch_size=12), callback, max_epochs=1)
         assert callback.gradient_variance == pytest.approx(
             np.average([each.variance for each in callback.found[-3:]], weights=[0.95**2, 0.95, 1])
         )
@@ -432,7 +441,7 @@ def test_averages_begin_anew_with_a_run() -> None:
 
 def test_an_exception_leaves_no_hooks() -> None:
     class Fails(Linear):
-        def training_step(self, batch: list[Tensor]) -> Tensor:
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             raise RuntimeError("no")
 
     model = Fails()
@@ -443,10 +452,10 @@ def test_an_exception_leaves_no_hooks() -> None:
 
 def test_a_half_that_does_not_fit_is_left_out() -> None:
     class Full(Linear):
-        def training_step(self, batch: list[Tensor]) -> Tensor:
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             if len(batch[0]) == 6:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().training_step(batch)
+                raise out_of_memory()
+            return super().training_step(batch, batch_idx)
 
     with pytest.warns(UserWarning, match="leaves out a measurement"):
         assert not len(measured(model=Full(), steps=3))
@@ -459,9 +468,7 @@ def test_a_compiled_model_is_not_compiled_for_the_halves() -> None:
             super().__init__()
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(SIZE, 4), nn.Tanh(), nn.Linear(4, 1))
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+            self.optimizer = partial(torch.optim.SGD, lr=0.1)
 
     found = []
     for callbacks in ([], [Noting(extra_every=2)]):
@@ -474,8 +481,7 @@ def test_a_compiled_model_is_not_compiled_for_the_halves() -> None:
         torch._dynamo.reset()
         model = Deeper()
         model.net = torch.compile(model.net, backend=backend)  # type: ignore[assignment]
-        data = BatchSizeDataModule(draws(12 * 6), batch_size=12)
-        Trainer(**quiet(max_epochs=1, callbacks=callbacks)).fit(model, datamodule=data)
+        fit(model, own(draws(12 * 6), batch_size=12), *callbacks, max_epochs=1)
         found.append((sum(compiled), [p.tolist() for p in model.parameters()]))
     assert found[0] == found[1]
     assert found[0][0] == 1
@@ -484,29 +490,28 @@ def test_a_compiled_model_is_not_compiled_for_the_halves() -> None:
 # --- a real data set
 
 
-@pytest.mark.skipif(not DEBIAN.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.slow
 def test_sources_agree_on_fashion_mnist() -> None:
-    images, labels = FashionMNIST(DEBIAN).read("train")
+    images, labels = FashionMNIST(FASHION_MNIST).read("train")
     examples = 4000
     train_set = ImageTensors(images[:examples], labels[:examples])
 
-    def fit(lr: float, batch: int, cap: int | None, *callbacks: Callback, **arguments: Any) -> Trainer:
+    def train(lr: float, batch: int, cap: int | None, *callbacks: Callback, **arguments: Any) -> Trainer:
         datamodule = FashionMNIST(batch_size=batch)
         datamodule.prepare_data = lambda: None  # type: ignore[method-assign]
         datamodule.train_set = datamodule.val_set = train_set
         model = Classifier(net, 10, optimizer=partial(torch.optim.SGD, lr=lr))
         scheduler = BatchLRScheduler(batch, max_device_batch_size=cap)
-        trainer = Trainer(**quiet(callbacks=[scheduler, *callbacks], limit_val_batches=0, **arguments))
-        trainer.fit(model, datamodule)
-        return trainer
+        return fit(model, datamodule, scheduler, *callbacks, limit_val_batches=0, **arguments)
 
     torch.manual_seed(0)
     net = cnn5(width=8)
-    fit(0.1, 64, None, max_steps=60)
+    train(0.1, 64, None, max_steps=60)
     sources = []
     for batch, cap in ((64, None), (64, 16), (60, 25)):
         callback, full = Noting(), FullGradientNorm(every=2)
-        trainer = fit(0.0, batch, cap, callback, full, max_epochs=2)
+        trainer = train(0.0, batch, cap, callback, full, max_epochs=2)
         found = np.array(callback.found)
         sources.append((found.mean(axis=0), found.std(axis=0, ddof=1) / len(found) ** 0.5))
         # batches are drawn without replacement, so what they say of G lacks the noise of the set's own mean
@@ -542,7 +547,7 @@ def test_refusals() -> None:
 
 def test_batches_that_cannot_be_halved_or_counted() -> None:
     class Odd(Linear):
-        def training_step(self, batch: Any) -> Tensor:
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.net(batch[0] if isinstance(batch, (list, tuple)) else batch.x).mean()
 
     class Opaque:
@@ -551,6 +556,5 @@ def test_batches_that_cannot_be_halved_or_counted() -> None:
 
     x = draws(12).tensors[0]
     for batch, message in (((x, torch.ones(3)), "cannot halve"), (Opaque(x), "how many examples a batch of type Opaque")):
-        trainer = Trainer(**quiet(max_epochs=1, callbacks=[Noting()]))
         with pytest.raises(MisconfigurationException, match=message):
-            trainer.fit(Odd(), DataLoader([batch] * 2, batch_size=None))
+            fit(Odd(), DataLoader([batch] * 2, batch_size=None), Noting(), max_epochs=1)

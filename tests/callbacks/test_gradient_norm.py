@@ -12,64 +12,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torchmetrics import MeanMetric
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, BatchSizeDataModule, GradientNormTrigger
+from harness import fits
+from harness.data import StrangerWithAttribute, own, regression
+from harness.fits import out_of_memory
+from harness.modules import Stateful
+from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, GradientNormTrigger
 from lightning_bsl.callbacks import FullGradientNorm, GradientNoiseScale
 from lightning_bsl.data import CIFAR10, ImageTensors
 from lightning_bsl.models import Classifier
 from lightning_bsl.report import read_metrics
 from lightning_bsl.schedules import Milestones
-from tests.helpers import quiet
 
 N = 131
-GENERATOR = torch.Generator().manual_seed(2)
-X = torch.randn(N, 6, generator=GENERATOR)
-Y = X.sum(dim=1, keepdim=True).sin() + torch.randn(N, 1, generator=GENERATOR) / 3
+DATA = regression(N, features=6, dtype=torch.float32)
+X, Y, _ = DATA.tensors
 
 
-class Model(LightningModule):
-    """Dropout, BatchNorm, metrics, a frozen parameter and one that takes no part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
-        self.net[0].bias.requires_grad_(False)
-        self.unused = nn.Parameter(torch.ones(3))
-        self.mean = MeanMetric()
-        self.steps = 0
-        self.seen: list[list[int]] = []
-
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.seen.append((batch["a"] if isinstance(batch, dict) else batch)[2].tolist())
-
-    def training_step(self, batch: list[Tensor]) -> Any:
-        self.steps += 1
-        loss = self.loss(batch)
-        self.mean.update(loss)
-        self.log("train/mean", self.mean, on_step=False, on_epoch=True)
-        self.log_dict({"train/loss": loss}, on_step=True, on_epoch=True)
-        return {"loss": loss}
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
-
-
-def data(**arguments: Any) -> BatchSizeDataModule:
-    return BatchSizeDataModule(TensorDataset(X, Y, torch.arange(N)), seed=1, **arguments)
-
-
-def reference(model: Model, examples: Any = slice(None)) -> tuple[float, float]:
+def reference(model: Any, examples: Any = slice(None)) -> tuple[float, float]:
     twin = copy.deepcopy(model.net).double().eval()
     twin.zero_grad()
     loss = nn.functional.mse_loss(twin(X[examples].double()), Y[examples].double())
@@ -78,14 +44,13 @@ def reference(model: Model, examples: Any = slice(None)) -> tuple[float, float]:
     return norm.item(), loss.item()
 
 
-def fit(*callbacks: Any, model: Model | None = None, datamodule: Any = None, **arguments: Any) -> Model:
-    model = model or Model()
+def fit(*callbacks: Any, model: Stateful | None = None, datamodule: Any = None, **arguments: Any) -> Stateful:
+    """With a batch size that grows inside an epoch."""
+    model = model or Stateful()
     torch.manual_seed(5)
     np.random.seed(5)
-    path = arguments.pop("ckpt_path", None)
     scheduler = BatchLRScheduler(Milestones([8, 16, 40], at=[9, 150], unit="samples"), 0.01)
-    trainer = Trainer(**quiet(**{"max_epochs": 3, "callbacks": [scheduler, *callbacks]} | arguments))
-    trainer.fit(model, datamodule=datamodule or data(), ckpt_path=path)
+    fits.fit(model, datamodule or own(DATA), scheduler, *callbacks, **arguments)
     return model
 
 
@@ -112,16 +77,18 @@ def test_equals_autograd_over_the_whole_set(batch_size: int, tmp_path: Path) -> 
         assert row["full_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.quick(workers=[0])
+@pytest.mark.quick(measure=[{}])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("measure", [{}, {"every": 2, "unit": "step"}, {"subset": 50, "batch_size": 20}])
 def test_training_does_not_notice(measure: Any, workers: int, tmp_path: Path) -> None:
-    def go(name: str, *callbacks: Any, path: Path | None = None) -> tuple[Model, dict[str, Any], list[dict[str, float]]]:
+    def go(name: str, *callbacks: Any, path: Path | None = None) -> tuple[Stateful, dict[str, Any], list[dict[str, float]]]:
         logger = CSVLogger(tmp_path, name="", version=name)
         every = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         model = fit(
             *callbacks,
             every,
-            datamodule=data(num_workers=workers),
+            datamodule=own(DATA, num_workers=workers),
             enable_checkpointing=True,
             logger=logger,
             log_every_n_steps=1,
@@ -138,8 +105,8 @@ def test_training_does_not_notice(measure: Any, workers: int, tmp_path: Path) ->
     resumed, resumed_state, _ = go("resumed", *both(), path=tmp_path / "with" / "step=13.ckpt")
     for other in (measured_state, resumed_state):
         torch.testing.assert_close(other, state, rtol=0, atol=0)
-    assert measured.seen == model.seen
-    assert resumed.seen == model.seen[13:]
+    assert measured.journal == model.journal
+    assert resumed.journal == model.journal[13:]
     assert measured.steps == model.steps
     ours = {"full_gradient_norm", "full_loss", "gradient_noise_scale", "gradient_sq_norm", "gradient_variance"}
     kept = [{k: v for k, v in row.items() if k not in ours} for row in measured_rows]
@@ -182,11 +149,11 @@ def test_a_subset_stays_the_same_one() -> None:
 
 
 def test_a_batch_that_does_not_fit_is_halved() -> None:
-    class Limited(Model):
+    class Limited(Stateful):
         def loss(self, batch: list[Tensor]) -> Tensor:
             if len(batch[0]) > 20 and not self.training:
                 sizes.append(len(batch[0]))
-                raise torch.OutOfMemoryError("CUDA out of memory.")
+                raise out_of_memory()
             return super().loss(batch)
 
     sizes: list[int] = []
@@ -212,8 +179,8 @@ def test_images_are_not_augmented() -> None:
         torch.manual_seed(3)
         still = partial(torch.optim.SGD, lr=0.0)
         model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), 10, optimizer=still)
-        trainer = Trainer(**quiet(max_epochs=1, callbacks=[FullGradientNorm(batch_size=7)]))
-        trainer.fit(model, Images(augment=augment, batch_size=10))
+        images = Images(augment=augment, batch_size=10)
+        trainer = fits.fit(model, images, FullGradientNorm(batch_size=7), max_epochs=1)
         found.append({name: value.item() for name, value in trainer.callback_metrics.items()})
     augmented, plain = found
     assert augmented["full_gradient_norm"] == plain["full_gradient_norm"]
@@ -221,18 +188,19 @@ def test_images_are_not_augmented() -> None:
     assert augmented["train/loss"] != plain["train/loss"]
 
 
-class Stranger(LightningDataModule):
-    def __init__(self, dataset: Any) -> None:
-        super().__init__()
-        self.dataset, self.batch_size = dataset, 8
+class OfNames(StrangerWithAttribute):
+    """Its loaders have names."""
 
     def train_dataloader(self) -> Any:
-        return {"a": DataLoader(self.dataset, batch_size=self.batch_size, shuffle=True, drop_last=True)}
+        return {"a": super().train_dataloader()}
 
 
-class OfDict(Model):
+class OfDict(Stateful):
+    def note(self, batch: Any, batch_idx: int) -> None:
+        super().note(batch["a"], batch_idx)
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch["a"])
+        return super().training_step(batch["a"], batch_idx)
 
     def full_loss(self, batch: Any) -> Tensor:
         return self.loss(batch)
@@ -240,7 +208,8 @@ class OfDict(Model):
 
 def test_somebody_elses_data_and_a_module_that_says_how() -> None:
     model = OfDict()
-    fit(FullGradientNorm(batch_size=50), model=model, datamodule=Stranger(TensorDataset(X, Y, torch.arange(N))), max_epochs=1)
+    theirs = OfNames(DATA, batch_size=8, shuffle=True, drop_last=True)
+    fit(FullGradientNorm(batch_size=50), model=model, datamodule=theirs, max_epochs=1)
     values = model.trainer.callback_metrics
     norm, loss = reference(model)
     assert values["full_gradient_norm"].item() == pytest.approx(norm, rel=1e-5)
@@ -254,7 +223,7 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
-        return iter(TensorDataset(X, Y, torch.arange(N)))
+        return iter(DATA)
 
 
 def test_refusals() -> None:
@@ -265,13 +234,12 @@ def test_refusals() -> None:
         FullGradientNorm(unit="samples")
     with pytest.raises(ValueError, match=r"subset=132.*131 training examples"):
         fit(FullGradientNorm(subset=132))
-    manual = Model()
+    manual = Stateful()
     manual.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="full_loss"):
         fit(FullGradientNorm(), model=manual)
-    trainer = Trainer(**quiet(max_epochs=1, callbacks=[FullGradientNorm()]))
     with pytest.raises(MisconfigurationException, match="a data set that has a length"):
-        trainer.fit(Model(), DataLoader(Stream(), batch_size=4))
+        fits.fit(Stateful(), DataLoader(Stream(), batch_size=4), FullGradientNorm(), max_epochs=1)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -282,10 +250,9 @@ def test_its_workers_end_with_the_fit(fails: bool) -> None:
                 raise RuntimeError("stop")
 
     before = set(active_children())
-    model, norm, trigger = Model(), FullGradientNorm(), GradientNormTrigger(start=1e-9)
+    norm, trigger = FullGradientNorm(), GradientNormTrigger(start=1e-9)
     scheduler = AdaptiveBatchLRScheduler(16, 0.01, trigger=trigger, maximum=64, check_every=2)
-    trainer = Trainer(**quiet(max_epochs=1, callbacks=[scheduler, norm, Stop()]))
     with pytest.raises(RuntimeError, match="stop") if fails else nullcontext():
-        trainer.fit(model, datamodule=data(num_workers=1))
+        fits.fit(Stateful(), own(DATA, num_workers=1), scheduler, norm, Stop(), max_epochs=1)
     assert norm._loader is None and trigger.measurement._loader is None
     assert fails or set(active_children()) == before  # Lightning leaves the training loader's to the collector

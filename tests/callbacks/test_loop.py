@@ -9,56 +9,51 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_bsl import BatchSizeDataModule
+from harness import fits
+from harness.data import own
+from harness.modules import Recorder
 from lightning_bsl.callbacks import loop
 from lightning_bsl.callbacks.loop import ended_epoch, loads_own_data, logged_metrics, walk_steps, walk_steps_no_more
 
 DATA = TensorDataset(torch.arange(10.0).unsqueeze(1))
 
 
-class Model(LightningModule):
+class Model(Recorder):
     def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
+        super().__init__(nn.Linear(1, 1), lambda parameters: torch.optim.SGD(parameters, lr=0.01))
         self.loads_own_data: bool | None = None
 
     def setup(self, stage: str) -> None:
         self.loads_own_data = loads_own_data(self.trainer)
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = self.layer(batch[0]).square().mean()
+    def loss(self, batch: Any) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
         self.log("loss", loss, on_step=False, on_epoch=True)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
-
-def fit(model: Model, folder: Path, *callbacks: Callback, **data: Any) -> Trainer:
+def fit(model: Model, folder: Path, data: Any, *callbacks: Callback) -> Trainer:
     checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = Trainer(
-        max_epochs=2, callbacks=[*callbacks, checkpoint], accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, **data)
-    return trainer
+    return fits.fit(model, data, *callbacks, checkpoint, max_epochs=2, enable_checkpointing=True)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_loads_own_data(own: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ours", [True, False])
+def test_loads_own_data(ours: bool, tmp_path: Path) -> None:
     model = Model()
-    data = {"datamodule": BatchSizeDataModule(DATA, batch_size=4)} if own else {"train_dataloaders": DataLoader(DATA)}
-    fit(model, tmp_path, **data)
-    assert model.loads_own_data is own
+    fit(model, tmp_path, own(DATA, batch_size=4) if ours else DataLoader(DATA))
+    assert model.loads_own_data is ours
 
 
 def test_ended_epoch(tmp_path: Path) -> None:
-    fit(Model(), tmp_path, train_dataloaders=DataLoader(DATA, batch_size=4))  # three steps an epoch
+    fit(Model(), tmp_path, DataLoader(DATA, batch_size=4))  # three steps an epoch
     checkpoints = {step: torch.load(tmp_path / f"step={step}.ckpt") for step in range(1, 7)}
     assert [step for step, checkpoint in checkpoints.items() if ended_epoch(checkpoint, -1)] == [3, 6]
 
@@ -87,7 +82,7 @@ def test_attributes_of_others() -> None:
 
 
 def test_what_a_checkpoint_counts(tmp_path: Path) -> None:
-    fit(Model(), tmp_path, train_dataloaders=DataLoader(DATA, batch_size=4))
+    fit(Model(), tmp_path, DataLoader(DATA, batch_size=4))
     progress = torch.load(tmp_path / "step=2.ckpt")["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert progress["current"] == {"ready": 2, "started": 2, "processed": 2, "completed": 1}  # saved in on_train_batch_end
     assert progress["total"] == progress["current"]
@@ -127,9 +122,9 @@ def test_walk_steps(parts: int, tmp_path: Path) -> None:
     plain, walks = Model(), Walks(parts)
     walked = Model()
     walked.load_state_dict(plain.state_dict())
-    stock = fit(plain, tmp_path / "plain", train_dataloaders=DataLoader(DATA, batch_size=4))
-    trainer = fit(walked, tmp_path / "walked", walks, train_dataloaders=DataLoader(DATA, batch_size=4))
-    assert torch.equal(walked.layer.weight, plain.layer.weight)
+    stock = fit(plain, tmp_path / "plain", DataLoader(DATA, batch_size=4))
+    trainer = fit(walked, tmp_path / "walked", DataLoader(DATA, batch_size=4), walks)
+    assert torch.equal(walked.net.weight, plain.net.weight)
     assert trainer.global_step == stock.global_step == 6
     assert walks.logged == ["training_step.loss"]
     if parts == 1:

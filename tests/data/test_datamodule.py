@@ -3,12 +3,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from harness.files import flat
+from harness.fits import trained
+from harness.modules import Recorder
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from tests.helpers import flat, quiet
 
 
 class Words(Dataset[str]):
@@ -26,34 +27,33 @@ class Words(Dataset[str]):
 
 def collate(examples: list[tuple[int, str]]) -> dict[str, Any]:
     indices, words = zip(*examples)
-    return {"index": torch.tensor(indices), "length": torch.tensor([len(word) for word in words])}
+    return {"length": torch.tensor([[float(len(word))] for word in words]), "index": torch.tensor(indices)}
 
 
-class Recorder(LightningModule):
+class Lengths(Recorder):
+    """Also notes what it is validated with."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.epochs: list[list[list[int]]] = []
-        self.validated: list[int] = []
+        super().__init__(nn.Linear(1, 1))
+        self.seen_in_validation: list[int] = []
 
-    def on_train_epoch_start(self) -> None:
-        self.epochs.append([])
+    @property
+    def epochs(self) -> list[list[list[int]]]:
+        """The batches of each epoch."""
+        return [[batch.examples for batch in self.journal if batch.epoch == epoch] for epoch in range(len(self.announced))]
 
-    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
-        self.epochs[-1].append(batch["index"].tolist())
-        return (self.weight - batch["length"].float()).square().mean()
+    def batch(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        return list(batch.values())
 
-    def validation_step(self, batch: dict[str, Tensor]) -> None:
-        self.validated += batch["index"].tolist()
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.net(batch["length"]).square().mean()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.seen_in_validation += batch["index"].tolist()
 
 
-def fit(datamodule: BatchSizeDataModule, *callbacks: Any, epochs: int = 3) -> Recorder:
-    model = Recorder()
-    Trainer(**quiet(max_epochs=epochs, callbacks=list(callbacks))).fit(model, datamodule=datamodule)
-    return model
+def fit(datamodule: BatchSizeDataModule, *callbacks: Any, epochs: int = 3) -> Lengths:
+    return trained(Lengths(), datamodule, *callbacks, max_epochs=epochs)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -66,7 +66,7 @@ def test_a_strangers_sets_without_the_callback(workers: int) -> None:
     assert [[len(batch) for batch in epoch] for epoch in model.epochs] == [[5, 5, 5, 5, 3]] * 3
     assert all(sorted(order) == list(range(23)) for order in orders)
     assert len(set(map(tuple, orders))) == 3
-    assert model.validated == list(range(7)) * 3
+    assert model.seen_in_validation == list(range(7)) * 3
     # the same seed gives the same order again, another seed another one
     again = fit(BatchSizeDataModule(Words(23), batch_size=5, collate_fn=collate, seed=3))
     other = fit(BatchSizeDataModule(Words(23), batch_size=5, collate_fn=collate, seed=4))

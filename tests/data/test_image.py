@@ -18,10 +18,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from harness.files import FASHION_MNIST
 from lightning_bsl.data import CIFAR10, CIFAR100, FashionMNIST, ImageDataModule, ImageTensors, TinyImageNet
 from lightning_bsl.data.image import crop_flip_rotate, epoch_randoms
-
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def random_images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> Tensor:
@@ -286,9 +285,9 @@ def test_fashion_mnist(tmp_path: Path, packed: bool, inside: str) -> None:
     assert datamodule.num_train_examples == 20
 
 
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_real_fashion_mnist() -> None:
-    datamodule = FashionMNIST(DEBIAN, batch_size=1000)
+    datamodule = FashionMNIST(FASHION_MNIST, batch_size=1000)
     datamodule.setup("fit")
     train, val = datamodule.train_set, datamodule.val_set
     assert isinstance(train, ImageTensors)

@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
+from harness.files import flat
 from lightning_bsl.data import GlobalBatchSampler
 from lightning_bsl.schedules import Cosine, Exponential, Horizon, Milestones, Polynomial, Progress, Warmup
-from tests.helpers import flat
 
 SCHEDULES = [
     Exponential(2, 2, every=3, unit="step", maximum=14),

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torchmetrics import MeanMetric
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -140,3 +141,33 @@ class Regression(Recorder):
         if self.training:
             self.log("loss", loss, on_step=False, on_epoch=True)
         return loss
+
+
+class Stateful(Recorder):
+    """Dropout, BatchNorm, metrics, a frozen parameter and one that takes no part: all that a measurement could disturb.
+
+    The journal has the batches that the Trainer gives; ``steps`` counts the calls of ``training_step``.
+    """
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
+        net[0].bias.requires_grad_(False)
+        super().__init__(net)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.mean = MeanMetric()
+        self.steps = 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.note(batch, batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.steps += 1
+        loss = self.loss(batch)
+        self.mean.update(loss)
+        self.log("train/mean", self.mean, on_step=False, on_epoch=True)
+        self.log_dict({"train/loss": loss}, on_step=True, on_epoch=True)
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.net.parameters() if p.requires_grad], lr=0.01)

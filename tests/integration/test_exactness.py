@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import select
-import signal
-import socket
-import subprocess
-import sys
-import time
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,14 +14,20 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from harness import fits
+from harness.data import own, regression
+from harness.files import flat
+from harness.modules import Recorder, mlp
+from harness.processes import Pair
+from lightning_bsl import BatchLRScheduler
 from lightning_bsl.data import GlobalBatchSampler
 from lightning_bsl.schedules import Exponential, Milestones, Schedule
-from tests.helpers import flat
-from tests.integration.fit_worker import SEED, TIMEOUT, Case, Regression, data_set, fit
 
-ROOT = Path(__file__).parents[2]
+SEED = 7
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}  # of the parameters after some 100 steps, relative to their norm
 NO_SHRINKING = set(Phase) - {Phase.shrink, Phase.explain}  # it would take minutes
 
@@ -39,6 +35,78 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the batch grows by"),
     pytest.mark.filterwarnings("ignore:from epoch .* the batch size is at its maximum"),
 ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fit."""
+
+    examples: int
+    batch_size: Schedule
+    lr: Schedule
+    epochs: int
+    optimizer: str
+    clip: float | None
+    dtype: str
+    cap: int | None = None
+    workers: int = 0
+
+
+def data_set(case: Case) -> TensorDataset:
+    return regression(case.examples, dtype=getattr(torch, case.dtype))
+
+
+class Regression(Recorder):
+    """A small, smooth model that also notes what each example counts in the gradient."""
+
+    def __init__(self, case: Case) -> None:
+        adam, sgd = partial(torch.optim.Adam, lr=0.01), partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+        super().__init__(mlp(dtype=getattr(torch, case.dtype)), adam if case.optimizer == "Adam" else sgd)
+        self.weights: list[list[float]] = []  # of each micro-batch
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y, _ = batch
+        losses = (self.net(x) - y).square().mean(dim=1)
+        if losses.requires_grad:
+            losses.register_hook(lambda gradient: self.weights.append(gradient.tolist()))
+        return losses.mean()
+
+
+def fit(
+    case: Case, processes: int = 1, folder: str | None = None, every: int = 1, checkpoint: str | None = None
+) -> dict[str, Any]:
+    """Train, saving into ``folder`` after ``every`` steps and at the end of each epoch, and say what happened."""
+    model, scheduler = Regression(case), BatchLRScheduler(case.batch_size, case.lr, case.cap)
+    save_all = {"dirpath": folder, "save_top_k": -1, "auto_insert_metric_name": False}
+    savers = [
+        ModelCheckpoint(filename="{step}-inside", every_n_train_steps=every, **save_all),
+        ModelCheckpoint(filename="{step}-after", every_n_epochs=1, save_on_train_epoch_end=True, **save_all),
+    ]
+    data = data_set(case)
+    trainer = fits.fit(
+        model,
+        own(data, data, num_workers=case.workers, seed=SEED),
+        scheduler,
+        *(savers if folder else []),
+        ckpt_path=checkpoint,
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        use_distributed_sampler=False,
+        max_epochs=case.epochs,
+        gradient_clip_val=case.clip,
+        enable_checkpointing=folder is not None,
+    )
+    return {
+        "seen": [
+            (batch.step, batch.epoch, batch.lr, batch.examples, weights)
+            for batch, weights in zip(model.journal, model.weights, strict=True)
+        ],
+        "parameters": torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist(),
+        "validated": model.validated,
+        "samples": scheduler.progress.samples,
+        "steps": [scheduler.progress.step, trainer.global_step],
+        "epochs": [scheduler.progress.epoch, trainer.current_epoch],
+    }
 
 
 class Reference(NamedTuple):
@@ -57,7 +125,7 @@ def value(schedule: Schedule, clock: dict[str, int]) -> float:
 
 def by_hand(case: Case) -> Reference:
     """A plain PyTorch loop, which shares the order of the examples with the library and nothing else."""
-    model, (x, y, _) = Regression(case), data_set(case).tensors
+    model, data = Regression(case), data_set(case)
     optimizer = model.configure_optimizers()
     batches: list[list[int]] = []
     chosen: list[tuple[int, float]] = []
@@ -72,73 +140,16 @@ def by_hand(case: Case) -> Reference:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            model.losses(x[batch], y[batch]).mean().backward()
+            model.loss(data[batch]).backward()
             if case.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), case.clip)
             optimizer.step()
     return Reference(batches, chosen, torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
 
 
-class Pair:
-    """Two processes over gloo, which train one case after another; a failure ends them, the next case starts new ones."""
-
-    def __init__(self, folder: Path) -> None:
-        self.logs = [folder / f"{rank}.log" for rank in range(2)]
-        self.processes: list[subprocess.Popen[str]] = []
-
-    def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        for rank, log in enumerate(self.logs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # Lightning starts no processes then
-            with open(log, "w") as errors:
-                process = subprocess.Popen(
-                    [sys.executable, "-W", "ignore", "-c", "from tests.integration.fit_worker import main; main()"],
-                    **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True},
-                    **{"cwd": ROOT, "env": os.environ | shared | own, "start_new_session": True},
-                )
-            self.processes.append(process)
-
-    def stop(self) -> None:
-        for process in self.processes:
-            with suppress(OSError):  # it has ended already
-                os.killpg(process.pid, signal.SIGKILL)  # with the workers of its loaders
-            process.communicate()
-        self.processes = []
-
-    def fit(self, case: Case, **arguments: Any) -> list[dict[str, Any]]:
-        if not self.processes:
-            self.start()
-        try:
-            for process in self.processes:
-                print(json.dumps({"case": repr(case), "processes": 2, **arguments}), file=process.stdin, flush=True)
-            deadline = time.monotonic() + 2 * TIMEOUT  # a process that hangs ends before that, and says where
-            return [self.answer(process, deadline) for process in self.processes]
-        except Exception as error:
-            self.stop()
-            logs = [f"--- process {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(self.logs)]
-            raise AssertionError("\n".join([f"no answer to {case}: {error!r}", *logs])) from None
-
-    def answer(self, process: subprocess.Popen[str], deadline: float) -> dict[str, Any]:
-        ready, _, _ = select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))
-        line = process.stdout.readline() if ready else ""
-        if not line:
-            raise ChildProcessError("a process ended" if ready else "a process hangs")
-        return json.loads(line)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pair = Pair(tmp_path_factory.mktemp("pair"))
-    yield pair
-    pair.stop()
-
-
 def go(case: Case, processes: int, pair: Pair, **arguments: Any) -> list[dict[str, Any]]:
     """What each process has to say of its fit."""
-    return [fit(case, **arguments)] if processes == 1 else pair.fit(case, **arguments)
+    return [fit(case, **arguments)] if processes == 1 else pair(fit, case, processes=processes, **arguments)
 
 
 def check(runs: list[dict[str, Any]], case: Case, reference: Reference, start: int = 0) -> None:
@@ -207,10 +218,25 @@ def cases(draw: st.DrawFn, *dtypes: str) -> Case:
     return draw(cuts(whole))
 
 
+EQUAL_CASES = given(case=cases("float32", "float64"))
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-@settings(deadline=None, max_examples=6, phases=NO_SHRINKING)
-@given(case=cases("float32", "float64"))
+@settings(max_examples=12, phases=NO_SHRINKING)
+@EQUAL_CASES
 def test_equals_a_plain_loop(processes: int, pair: Pair, case: Case) -> None:
+    equals_a_plain_loop(processes, pair, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@settings(max_examples=60, phases=NO_SHRINKING)
+@EQUAL_CASES
+def test_many_equal_a_plain_loop(processes: int, pair: Pair, case: Case) -> None:
+    equals_a_plain_loop(processes, pair, case)
+
+
+def equals_a_plain_loop(processes: int, pair: Pair, case: Case) -> None:
     reference = by_hand(case)
     order, n = flat(reference.batches), case.examples
     # each example once an epoch, also where a step is larger or smaller than the one before it
@@ -223,11 +249,27 @@ def saved(folder: str) -> st.SearchStrategy[tuple[int, str]]:
     return st.sampled_from(sorted((int(path.name.split("-")[0]), str(path)) for path in Path(folder).iterdir()))
 
 
-@settings(deadline=None, max_examples=3, phases=NO_SHRINKING)
-@given(case=cases("float64"), every=st.integers(1, 6), data=st.data())
+GOES_ON_CASES = given(case=cases("float64"), every=st.integers(1, 6), data=st.data())
+
+
+@settings(max_examples=5, phases=NO_SHRINKING)
+@GOES_ON_CASES
 def test_goes_on_with_other_processes_micro_batches_and_workers(
     pair: Pair, case: Case, every: int, data: st.DataObject
 ) -> None:
+    goes_on(pair, case, every, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, phases=NO_SHRINKING)
+@GOES_ON_CASES
+def test_many_go_on_with_other_processes_micro_batches_and_workers(
+    pair: Pair, case: Case, every: int, data: st.DataObject
+) -> None:
+    goes_on(pair, case, every, data)
+
+
+def goes_on(pair: Pair, case: Case, every: int, data: st.DataObject) -> None:
     reference, start, checkpoint = by_hand(case), 0, None
     with TemporaryDirectory() as root:
         for leg, processes in enumerate([1, 2, 2, 1, 1]):
@@ -249,10 +291,25 @@ def test_resumes_a_run_that_was_resumed_at_the_end_of_an_epoch(tmp_path: Path) -
         check(runs, case, by_hand(case), start=int(checkpoint.name.split("-")[0]))
 
 
+RESUMED_CASES = given(case=cases("float32", "float64"), every=st.integers(1, 6), data=st.data())
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-@settings(deadline=None, max_examples=3, phases=NO_SHRINKING)
-@given(case=cases("float32", "float64"), every=st.integers(1, 6), data=st.data())
+@settings(max_examples=6, phases=NO_SHRINKING)
+@RESUMED_CASES
 def test_resumes_bit_for_bit(processes: int, pair: Pair, case: Case, every: int, data: st.DataObject) -> None:
+    resumes_bit_for_bit(processes, pair, case, every, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@settings(max_examples=30, phases=NO_SHRINKING)
+@RESUMED_CASES
+def test_many_resume_bit_for_bit(processes: int, pair: Pair, case: Case, every: int, data: st.DataObject) -> None:
+    resumes_bit_for_bit(processes, pair, case, every, data)
+
+
+def resumes_bit_for_bit(processes: int, pair: Pair, case: Case, every: int, data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:
         whole = go(case, processes, pair, folder=folder, every=every)
         start, checkpoint = data.draw(saved(folder))

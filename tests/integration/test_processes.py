@@ -1,150 +1,148 @@
 """Two real processes on one machine, over gloo."""
 
-import csv
-import json
+from __future__ import annotations
+
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from tests.helpers import flat
-
-ROOT = Path(__file__).parents[2]
-FULLY_SHARD_ON_CPU = pytest.mark.skipif(torch.__version__ < "2.6", reason="gloo cannot scatter gradients before torch 2.6")
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.utils.data import DataLoader, TensorDataset
-from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, BatchSizeDataModule, FullGradientNorm
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from harness.data import Stranger, own, regression
+from harness.files import csv_rows, flat
+from harness.fits import fit, out_of_memory
+from harness.modules import Recorder
+from harness.processes import Pair
+from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, FullGradientNorm
 from lightning_bsl.schedules import Exponential, Milestones
 
-name, devices, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+FULLY_SHARD_ON_CPU = pytest.mark.skipif(torch.__version__ < "2.6", reason="gloo cannot scatter gradients before torch 2.6")
+VALIDATION = regression(8)
+# 61 examples in steps of 12 leave a step of one, of which a process has no share; 13 and 31 do not divide by 2
+DATA, SIZES = regression(61), (12, 13, 31)
 
-def examples(size):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(size, 3, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, x.sum(dim=1, keepdim=True) ** 2, torch.arange(size))
 
-class Regression(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Linear(3, 1, dtype=torch.float64)
-        torch.nn.init.constant_(self.net.weight, 0.5)
-        torch.nn.init.constant_(self.net.bias, 0.5)
+class Linear(Recorder):
+    """Fails above so many examples; may be sharded.
+
+    Args:
+        memory: Examples that fit, of each process.
+        shards: Whether parameters are.
+    """
+
+    def __init__(self, memory: tuple[int, int] | None = None, shards: bool = False) -> None:
+        net = nn.Linear(3, 1, dtype=torch.float64)
+        super().__init__(net, lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
+        nn.init.constant_(net.weight, 0.5)
+        nn.init.constant_(net.bias, 0.5)
         self.register_buffer("passes", torch.zeros(1))  # DDP broadcasts buffers, in the forward passes that it chooses
-        self.seen, self.failed = [], []
+        self.memory, self.shards, self.failed = memory, shards, []
 
-    def training_step(self, batch):
-        x, y, index = batch
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.passes += 1
-        if name == "ownauto" and self.training and devices > 1 and len(x) > (8, 4)[self.trainer.global_rank]:
-            self.failed.append(len(x))
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        if self.training:  # FullGradientNorm evaluates
-            self.seen.append([index.tolist(), self.trainer.optimizers[0].param_groups[0]["lr"]])
-        return torch.nn.functional.mse_loss(self.net(x), y)
+        if self.training and self.memory and len(batch[0]) > self.memory[self.trainer.global_rank]:
+            self.failed.append(len(batch[0]))
+            raise out_of_memory()
+        return super().training_step(batch, batch_idx)
 
-    def validation_step(self, batch):
-        self.log("val/loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch), sync_dist=True)
 
-    def configure_model(self):
-        if name == "ownfsdp" and not hasattr(self, "sharded"):
+    def configure_model(self) -> None:
+        if self.shards:
             from torch.distributed._composable.fsdp import fully_shard
-            self.sharded = fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
-
-class Stranger(LightningDataModule):
-    def __init__(self, batch_size=1):
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self):
-        return DataLoader(examples(64), batch_size=self.hparams.batch_size, shuffle=True)
-
-    def val_dataloader(self):
-        return DataLoader(examples(8), batch_size=4)
-
-if name.startswith("own"):
-    # 61 examples in steps of 12 leave a step of one, of which a process has no share; 13 and 31 do not divide by 2
-    datamodule = BatchSizeDataModule(examples(61), examples(8), eval_batch_size=4)
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    sizes = [12, 13, 31 + rank] if name == "owndivergent" else [12, 13, 31]
-    cap = {"own": 99, "ownauto": "auto", "owndivergent": None}.get(name, 5)
-    scheduler = BatchLRScheduler(Milestones(sizes, at=[6, 9], unit="step"), Exponential(0.01, 1.1), cap)
-    if name == "ownadaptive":  # each process measures something else
-        wanted = [{3, 7, 9}, {3, 5, 9}][rank]
-        trigger = lambda trainer, scheduler: scheduler.progress.step in wanted
-        scheduler = AdaptiveBatchLRScheduler(6, 0.01, trigger, maximum=30, check_every=1)
-else:
-    datamodule, scheduler = Stranger(), BatchLRScheduler(Exponential(8, 2), Exponential(0.01, 1.1))
-model = Regression()
-callbacks = [scheduler] if name in ("ownfsdp", "owntensor") else [scheduler, FullGradientNorm(batch_size=7)]
-strategy = "ddp" if devices > 1 else "auto"
-if name == "ownfsdp":
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-if name == "owntensor":  # both processes train on every example; here they happen to hold the whole model, too
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-trainer = Trainer(
-    accelerator="cpu", devices=devices, strategy=strategy, max_epochs=3,
-    use_distributed_sampler=not name.startswith("own"), callbacks=callbacks, logger=CSVLogger(out, name="", version=""),
-    log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0,
-)
-trainer.fit(model, datamodule=datamodule)
-result = {
-    "seen": model.seen, "weights": [(p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for p in model.parameters()],
-     "samples": scheduler.progress.samples,
-    "step": scheduler.progress.step, "planned": scheduler.plan and scheduler.plan.samples,
-    "segments": getattr(scheduler, "segments", None), "failed": model.failed,
-    "passes": model.passes.item(), "found": scheduler.state_dict()["micro_batch_size"],
-}
-(out / f"{trainer.global_rank}.json").write_text(json.dumps(result))
-"""
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            self.shards = False
 
 
-def launch(name: str, devices: int, out: Path) -> subprocess.CompletedProcess[str]:
-    """Run a fit in as many processes as ``devices``."""
-    out.mkdir()
-    (out / "script.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
+def train(folder: Path, scheduler: Any, model: Linear, data: Any, *callbacks: Callback, **arguments: Any) -> dict[str, Any]:
+    """Fit, in as many processes as ``devices`` says, and tell what happened in this one."""
+    logger = CSVLogger(folder, name="", version="")
+    fit(model, data, scheduler, *callbacks, logger=logger, log_every_n_steps=1, **arguments)
+    weights = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in model.parameters()]
+    return {
+        "seen": [(batch.examples, batch.lr) for batch in model.journal],
+        "weights": [weight.tolist() for weight in weights],
+        "samples": scheduler.progress.samples,
+        "step": scheduler.progress.step,
+        "planned": scheduler.plan and scheduler.plan.samples,
+        "segments": getattr(scheduler, "segments", None),
+        "failed": model.failed,
+        "passes": model.passes.item(),
+        "found": scheduler.state_dict()["micro_batch_size"],
     }
-    command = [sys.executable, str(out / "script.py"), name, str(devices), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def go(name: str, devices: int, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def train_ours(
+    folder: Path, cap: Any = None, strategy: str = "ddp", memory: Any = None, differ: bool = False, devices: int = 2
+) -> dict[str, Any]:
+    """Grow inside an epoch."""
+    last = SIZES[-1] + (int(os.environ["RANK"]) if differ else 0)
+    schedule = Milestones([*SIZES[:-1], last], at=[6, 9], unit="step")
+    callbacks: list[Callback] = [FullGradientNorm(batch_size=7)] if strategy in ("ddp", "auto") else []
+    strategies: dict[str, Any] = {
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        # both processes train on every example; here they happen to hold the whole model, too
+        "tensor": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2),
+    }
+    return train(
+        folder,
+        BatchLRScheduler(schedule, Exponential(0.01, 1.1), cap),
+        Linear(memory, shards=strategy == "fsdp"),
+        own(DATA, VALIDATION, eval_batch_size=4, seed=0),
+        *callbacks,
+        devices=devices,
+        strategy=strategies[strategy]() if strategy in strategies else strategy,
+        use_distributed_sampler=False,
+    )
+
+
+def train_adaptively(folder: Path) -> dict[str, Any]:
+    """Each process measures something else."""
+    wanted = [{3, 7, 9}, {3, 5, 9}][int(os.environ["RANK"])]
+    scheduler = AdaptiveBatchLRScheduler(
+        6, 0.01, lambda trainer, scheduler: scheduler.progress.step in wanted, maximum=30, check_every=1
+    )
+    ours = own(DATA, VALIDATION, eval_batch_size=4)
+    return train(folder, scheduler, Linear(), ours, devices=2, strategy="ddp", use_distributed_sampler=False)
+
+
+def train_a_stranger(folder: Path) -> dict[str, Any]:
+    """Grow between epochs, by Lightning's own distributed sampler."""
+    theirs = Stranger(regression(64), VALIDATION, batch_size=1, eval_batch_size=4, shuffle=True)
+    scheduler = BatchLRScheduler(Exponential(8, 2), Exponential(0.01, 1.1))
+    return train(folder, scheduler, Linear(), theirs, FullGradientNorm(batch_size=7), devices=2, strategy="ddp")
+
+
+def refusal(folder: Path) -> str:
+    """What the processes are told that do not plan the same."""
+    with pytest.raises(MisconfigurationException) as error:
+        train_ours(folder, differ=True)
+    return str(error.value)
+
+
+Rows = list[dict[str, str]]
+
+
+def go(pair: Pair, folder: Path, function: Any = train_ours, **arguments: Any) -> tuple[list[dict[str, Any]], Rows]:
     """What each process has seen, and the rows of the log."""
-    done = launch(name, devices, out)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with open(out / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(devices)], rows
+    return pair(function, folder, **arguments), csv_rows(folder / "metrics.csv")
 
 
-Alone = tuple[dict[str, Any], list[dict[str, str]]]
+Alone = tuple[dict[str, Any], Rows]
 
 
 @pytest.fixture(scope="module")
 def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    (one,), rows = go("own", 1, tmp_path_factory.mktemp("alone") / "1")
-    return one, rows
+    folder = tmp_path_factory.mktemp("alone")
+    return train_ours(folder, strategy="auto", devices=1), csv_rows(folder / "metrics.csv")
 
 
 def assert_trained_alike(one: dict[str, Any], processes: list[dict[str, Any]]) -> None:
@@ -156,9 +154,9 @@ def assert_trained_alike(one: dict[str, Any], processes: list[dict[str, Any]]) -
         assert (process["samples"], process["step"]) == (one["samples"], one["step"])
 
 
-def test_two_processes_train_as_one(in_one_process: Alone, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(in_one_process: Alone, pair: Pair, tmp_path: Path) -> None:
     one, rows = in_one_process
-    two, rows_of_two = go("own", 2, tmp_path / "2")
+    two, rows_of_two = go(pair, tmp_path, cap=99)
     sizes = [12, 12, 12, 12, 12, 1, 13, 13, 13, 22, 31, 30]
     assert [len(indices) for indices, _ in one["seen"]] == sizes
     for (batch, lr), (first, lr_of_first), (second, lr_of_second) in zip(
@@ -188,9 +186,11 @@ def test_two_processes_train_as_one(in_one_process: Alone, tmp_path: Path) -> No
     "strategy",
     ["ddp", pytest.param("fsdp", marks=FULLY_SHARD_ON_CPU), pytest.param("tensor", marks=FULLY_SHARD_ON_CPU)],
 )
-def test_two_processes_split_their_shares_into_micro_batches(strategy: str, in_one_process: Alone, tmp_path: Path) -> None:
+def test_two_processes_split_their_shares_into_micro_batches(
+    strategy: str, in_one_process: Alone, pair: Pair, tmp_path: Path
+) -> None:
     one, rows = in_one_process
-    two, rows_of_two = go(f"own{strategy}", 2, tmp_path / "2")
+    two, rows_of_two = go(pair, tmp_path, strategy=strategy, cap=5)
     assert max(len(indices) for process in two for indices, _ in process["seen"]) == 5
     assert len(two[0]["seen"]) == len(two[1]["seen"]) > len(one["seen"])
     assert_trained_alike(one, two)
@@ -198,9 +198,9 @@ def test_two_processes_split_their_shares_into_micro_batches(strategy: str, in_o
         assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
 
 
-def test_processes_of_unequal_memory_go_by_the_smallest(in_one_process: Alone, tmp_path: Path) -> None:
+def test_processes_of_unequal_memory_go_by_the_smallest(in_one_process: Alone, pair: Pair, tmp_path: Path) -> None:
     one, rows = in_one_process
-    two, rows_of_two = go("ownauto", 2, tmp_path / "2")
+    two, rows_of_two = go(pair, tmp_path, cap="auto", memory=(8, 4))
     # shares of 6, then 3: only what is new is tried, and a process tries with the others what its own memory would hold
     assert [process["failed"] for process in two] == [[], [6]]
     assert {process["found"] for process in two} == {3}
@@ -211,10 +211,10 @@ def test_processes_of_unequal_memory_go_by_the_smallest(in_one_process: Alone, t
         assert [row[column] for row in rows_of_two] == [row[column] for row in rows]
 
 
-def test_processes_that_measure_differently_advance_together(tmp_path: Path) -> None:
-    two, _ = go("ownadaptive", 2, tmp_path / "2")
+def test_processes_that_measure_differently_advance_together(pair: Pair, tmp_path: Path) -> None:
+    two, _ = go(pair, tmp_path, train_adaptively)
     assert two[0]["segments"] == two[1]["segments"]
-    assert [segment[:2] for segment in two[0]["segments"]] == [[0, 6], [18, 12], [61 + 24, 24]]  # at steps 3 and 9, not 5 or 7
+    assert [segment[:2] for segment in two[0]["segments"]] == [(0, 6), (18, 12), (61 + 24, 24)]  # at steps 3 and 9, not 5 or 7
     assert two[0]["weights"] == two[1]["weights"]
     assert [lr for _, lr in two[0]["seen"]] == [lr for _, lr in two[1]["seen"]]
     first, second = ([indices for indices, _ in process["seen"]] for process in two)
@@ -223,14 +223,13 @@ def test_processes_that_measure_differently_advance_together(tmp_path: Path) -> 
     assert two[0]["samples"] == two[1]["samples"] == 3 * 61
 
 
-def test_processes_that_plan_differently_are_refused(tmp_path: Path) -> None:
-    done = launch("owndivergent", 2, tmp_path / "2")
-    assert done.returncode != 0
-    assert "the processes do not plan the same batch sizes" in done.stderr
+def test_processes_that_plan_differently_are_refused(pair: Pair, tmp_path: Path) -> None:
+    for message in pair(refusal, tmp_path):
+        assert "the processes do not plan the same batch sizes" in message
 
 
-def test_a_strangers_batch_is_split_over_two_processes(tmp_path: Path) -> None:
-    two, rows = go("stranger", 2, tmp_path / "2")
+def test_a_strangers_batch_is_split_over_two_processes(pair: Pair, tmp_path: Path) -> None:
+    two, rows = go(pair, tmp_path, train_a_stranger)
     sizes = [8] * 8 + [16] * 4 + [32] * 2
     for (first, lr), (second, lr_of_second) in zip(two[0]["seen"], two[1]["seen"], strict=True):
         assert lr == lr_of_second and len(first) == len(second) and not set(first) & set(second)

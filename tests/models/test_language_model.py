@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from harness import fits
+from harness.fits import quiet
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule, FullGradientNorm, GradientNoiseScale
 from lightning_bsl.callbacks.gradient_noise import estimate
 from lightning_bsl.data import TokenBlocks
@@ -23,7 +25,6 @@ from lightning_bsl.data.text import identity
 from lightning_bsl.models import CausalLM, distilgpt2
 from lightning_bsl.report import read_metrics
 from lightning_bsl.schedules import Exponential, Warmup
-from tests.helpers import quiet
 
 VOCABULARY, LENGTH = 40, 6
 
@@ -49,11 +50,8 @@ def make(dropout: float = 0.0, optimizer: Any = None, **sizes: int) -> CausalLM:
 
 def fit(model: CausalLM, *callbacks: Callback, folder: Path | None = None, data: Data | None = None, **options: Any) -> Trainer:
     logger = CSVLogger(folder, name="", version="") if folder else False
-    resume = options.pop("ckpt_path", None)
     options = {"max_epochs": 1, "log_every_n_steps": 1} | options
-    trainer = Trainer(**quiet(callbacks=list(callbacks), logger=logger, **options))
-    trainer.fit(model, data or Data(), ckpt_path=resume)
-    return trainer
+    return fits.fit(model, data or Data(), *callbacks, logger=logger, **options)
 
 
 def tokens(data: TokenBlocks | Any) -> Tensor:
