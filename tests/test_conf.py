@@ -8,42 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
-from omegaconf import DictConfig
 
+from harness.configs import CHOICES, NEEDED, PLANNED, choices, compose_config
+from harness.tiers import diagonal
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.experiment import make_constants, make_plan, make_trainer
 from lightning_bsl.theory import BoundConstants
-
-CONF = Path(__file__).parents[1] / "conf"
-CHOICES = sorted(
-    (str(file.parent.relative_to(CONF)), file.stem)
-    for file in CONF.rglob("*.yaml")
-    if file.parent != CONF and not file.stem.startswith("_")  # what choices have in common
-)
-
-
-def choices(group: str) -> list[str]:
-    return [choice for of, choice in CHOICES if of == group]
-
-
-# how many sequences there are is known when the text is read; a language model has the vocabulary of some text
-NEEDED = dict.fromkeys(
-    ("eli5", "text", "pydoc", *(choice for choice in choices("experiment") if choice.startswith("surge_distilgpt2"))),
-    ("data.samples_per_epoch=5000",),
-) | dict.fromkeys(("distilgpt2", "gpt_tiny"), ("data=pydoc", "data.samples_per_epoch=5000"))
-PLANNED = [choice for choice in choices("scheduler") if "adaptive" not in choice]  # the others decide while they train
-
-
-def compose_config(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-    return cfg
 
 
 @pytest.mark.parametrize("group, choice", CHOICES)
@@ -72,10 +45,10 @@ def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_pat
         assert "CUDAAccelerator" in str(error) or "gpu" in str(error)
 
 
-@pytest.mark.parametrize("scheduler", PLANNED)
-@pytest.mark.parametrize("override", [
-    f"{group}={choice}" for group, choice in CHOICES if group.startswith("scheduler/")
-])  # fmt: skip
+OVERRIDES = [f"{group}={choice}" for group, choice in CHOICES if group.startswith("scheduler/")]
+
+
+@pytest.mark.parametrize("scheduler, override", diagonal(PLANNED, OVERRIDES))
 def test_every_preset_takes_every_choice(scheduler: str, override: str) -> None:
     cfg = compose_config(f"scheduler={scheduler}", override)
     with warnings.catch_warnings():
@@ -85,6 +58,8 @@ def test_every_preset_takes_every_choice(scheduler: str, override: str) -> None:
     assert plan.samples == 14 * 1440
 
 
+@pytest.mark.quick(epochs=[1], data=["digits"])
+@pytest.mark.quick(epochs=[300], data=["cifar100"])
 @pytest.mark.parametrize("epochs", [1, 6, 300])
 @pytest.mark.parametrize("scheduler", PLANNED)
 @pytest.mark.parametrize("data", ["digits", "cifar100"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 
+from harness.commands import run_python
 from lightning_bsl.hub import check_reachable
 
 
@@ -29,9 +28,9 @@ def test_without_the_extra(tmp_path: Path) -> None:
             except ModuleNotFoundError as error:
                 print(error)
     """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert [line.split()[3] for line in done.stdout.splitlines()] == ["transformers,", "tokenizers,", "huggingface_hub,"]
-    assert done.stdout.count("pip install 'lightning_bsl[text]'") == 3
+    printed = run_python("-c", code, tmp_path, folder=tmp_path)
+    assert [line.split()[3] for line in printed.splitlines()] == ["transformers,", "tokenizers,", "huggingface_hub,"]
+    assert printed.count("pip install 'lightning_bsl[text]'") == 3
 
 
 def test_asks_once_for_the_repository_and_its_branch(monkeypatch: pytest.MonkeyPatch) -> None:

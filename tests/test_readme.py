@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hydra.utils import instantiate
 
-from tests.test_conf import compose_config
+from harness.commands import run_python
+from harness.configs import compose_config
+from harness.files import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     command
@@ -30,12 +28,7 @@ def test_python_blocks_run_as_one_file(tmp_path: Path) -> None:
     # `main.py` is another file, which tests/integration/test_cli.py runs
     code = "\n".join(re.findall(r"```python\n(?!# main\.py)(.*?)```", README, flags=re.S))
     (tmp_path / "readme.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "readme.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "128 9775 0.1" in done.stdout
+    assert "128 9775 0.1" in run_python("readme.py", folder=tmp_path)
 
 
 def test_tables_name_every_choice() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple, Protocol
 
 import pytest
@@ -42,10 +44,30 @@ def run_script(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch)
     return 0
 
 
+def run_killed(script: str, *arguments: object, by: str, folder: Path) -> None:
+    """Run a script in a process of its own, which kills itself: ``by`` is code that lets it call ``kill()`` somewhere."""
+    code = f"""
+import os, runpy, signal, sys
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{dedent(by)}
+sys.argv = {[script, *map(str, arguments)]!r}
+runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")
+"""
+    done = _run(folder, 300, "-c", code)
+    assert done.returncode == -signal.SIGKILL, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def run_python(*arguments: object, folder: Path, timeout: float = 300) -> str:
     """Run Python in a process of its own, in ``folder``; returns what it prints. It must succeed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = _run(folder, timeout, *arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def _run(folder: Path, timeout: float, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 
+from harness.commands import run_python
+from harness.data import Stranger, regression
+from harness.files import ROOT
+from harness.fits import fit, quiet
+from harness.modules import Recorder
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.data import Digits
 from lightning_bsl.models import Classifier
@@ -37,26 +39,19 @@ from lightning_bsl.schedules import (
     SurgeScaling,
     Warmup,
 )
-from tests.helpers import quiet
 
-ROOT = Path(__file__).parents[2]
 N = 70
 
 
-class Model(LightningModule):
+class Model(Recorder):
+    """As people write them, with arguments of its own."""
+
     def __init__(self, width: int = 3) -> None:
-        super().__init__()
+        super().__init__(nn.Linear(width, 1))
         self.save_hyperparameters()
-        self.net = nn.Linear(width, 1)
-        self.seen: list[tuple[list[float], float]] = []
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        (x,) = batch
-        self.seen.append((x[:, 0].tolist(), self.trainer.optimizers[0].param_groups[0]["lr"]))
-        return self.net(x).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Nothing is validated."""
 
 
 class Data(BatchSizeDataModule):
@@ -67,17 +62,14 @@ class Data(BatchSizeDataModule):
         self.examples = examples
 
     def setup(self, stage: str) -> None:
-        self.train_set = TensorDataset(torch.randn(self.examples, 3, generator=torch.Generator().manual_seed(7)))
+        self.train_set = regression(self.examples, dtype=torch.float32)
 
 
-class Strangers(LightningDataModule):
+class Strangers(Stranger):
+    """Has an argument for the batch size."""
+
     def __init__(self, batch_size: int = 16) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        data = TensorDataset(torch.randn(N, 3, generator=torch.Generator().manual_seed(7)))
-        return DataLoader(data, batch_size=self.hparams.batch_size)
+        super().__init__(regression(N, dtype=torch.float32), batch_size=batch_size)
 
 
 class Numbers(Dataset[Any]):
@@ -272,12 +264,12 @@ def test_fit_and_resume(datamodule: Any, cli: Run, tmp_path: Path) -> None:
     whole = cli(written, **classes)
     # the same fit, written in Python
     scheduler, model = BatchLRScheduler(Exponential(8, 2, every=0.25, maximum=40), Cosine(0.1, 0.01, unit="samples")), Model()
-    Trainer(**quiet(max_epochs=4, callbacks=[scheduler])).fit(model, datamodule=datamodule())
-    assert whole.model.seen == model.seen
+    fit(model, datamodule(), scheduler, max_epochs=4)
+    assert whole.model.journal == model.journal
     assert scheduler_of(whole).plan == scheduler.plan
-    assert [len(batch) for batch, _ in model.seen] == [8] * 8 + [6] + [16] * 4 + [6] + [32, 32, 6] + [40, 30]
+    assert model.sizes == [8] * 8 + [6] + [16] * 4 + [6] + [32, 32, 6] + [40, 30]
     resumed = cli(written, "--ckpt_path", str(tmp_path / "epoch=1.ckpt"), **classes)
-    assert resumed.model.seen == whole.model.seen[9 + 5 :]
+    assert resumed.model.journal == whole.model.journal[9 + 5 :]
     assert scheduler_of(resumed).progress == scheduler.progress
 
 
@@ -287,10 +279,7 @@ def test_the_readmes_files(tmp_path: Path) -> None:
         (text,) = re.findall(rf"```{kind}\n(# {name}\n.*?)```", readme, flags=re.S)
         (tmp_path / name).write_text(text)
     (command,) = re.findall(r"^(python main.py fit --config config.yaml)$", readme, flags=re.M)
-    command = [sys.executable, *command.split()[1:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_python(*command.split()[1:], folder=tmp_path)
     (path,) = (tmp_path / "lightning_logs" / "version_0" / "checkpoints").glob("*.ckpt")
     state = torch.load(path, weights_only=True)["callbacks"]["BatchLRScheduler"]
     # 1,440 digits; two epochs each of batches of 8, 16 and 32

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +10,15 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from harness.commands import Run, run_python
+from harness.configs import compose_config
+from harness.files import FASHION_MNIST, ROOT
+from harness.files import csv_rows as read
 from lightning_bsl.experiment import make_plan
 from lightning_bsl.schedules import Progress
-from tests.integration.conftest import Run
-from tests.test_conf import compose_config
 
-ROOT = Path(__file__).parents[2]
+NARROW = ("+model.net.width=4", "trainer.enable_progress_bar=false")
 FIRST_COLUMNS = ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def replay(overrides: tuple[str, ...], num_examples: int) -> list[tuple[int, float, int]]:
@@ -65,8 +58,7 @@ def check_as_planned(plan: Path, run: Path, overrides: tuple[str, ...], num_exam
 
 def test_first_command_learns_the_digits(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={folder}"]
-    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300).stdout
+    printed = run_python(ROOT / "scripts" / "train.py", f"hydra.run.dir={folder}", folder=tmp_path)
     metrics, stages = read(folder / "metrics.csv"), read(folder / "plan.csv")
     assert max(float(row["val/accuracy"]) for row in metrics if row["val/accuracy"]) >= 0.95
     assert len({row["batch_size"] for row in metrics}) >= 4  # grown at least three times
@@ -82,35 +74,36 @@ def test_first_command_learns_the_digits(tmp_path: Path) -> None:
     ("scheduler=increasing_decaying", "scheduler/lr=diminishing", "trainer.max_epochs=3"),
     ("scheduler=increasing_decaying", "scheduler/lr=polynomial", "scheduler/batch_size=polynomial", "trainer.max_epochs=4"),
     ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step",
-     "trainer.max_epochs=-1", "trainer.max_steps=300"),
+     "trainer.max_epochs=-1", "trainer.max_steps=200"),
     ("trainer.limit_train_batches=0.3", "trainer.max_epochs=5"),
 ])  # fmt: skip
 def test_metrics_are_as_planned(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    overrides = (*overrides, *NARROW, "data.samples_per_epoch=400", "dataset.max_batch_size=256")
     run("plan.py", *overrides, folder=tmp_path / "plan")
-    run("train.py", *overrides, "trainer.log_every_n_steps=7", "trainer.enable_progress_bar=false", folder=tmp_path / "run")
-    check_as_planned(tmp_path / "plan", tmp_path / "run", overrides)
+    run("train.py", *overrides, "trainer.log_every_n_steps=7", folder=tmp_path / "run")
+    check_as_planned(tmp_path / "plan", tmp_path / "run", overrides, 400)
 
 
-FASHION_MNIST = ("data=fashion_mnist", "data.root=/usr/share/datasets/fashion-mnist", "scheduler=increasing_both")
-needs_fashion_mnist = pytest.mark.skipif(
-    not Path("/usr/share/datasets/fashion-mnist").exists(), reason="Debian's dataset-fashion-mnist is not installed"
-)
+FASHION = ("data=fashion_mnist", f"data.root={FASHION_MNIST}", "scheduler=increasing_both")
+needs_fashion_mnist = pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Debian's dataset-fashion-mnist is not installed")
 
 
 @needs_fashion_mnist
 @pytest.mark.parametrize(
-    "overrides",
+    "images, overrides",
     [
-        # a narrower network, so that CI has the time for all the images
-        pytest.param(("+model.net.width=4", "scheduler.batch_size.start=128", "trainer.max_epochs=2"), id="narrow"),
-        pytest.param(("trainer.max_epochs=6",), id="whole", marks=pytest.mark.slow),
+        pytest.param(15_000, (*NARROW, "scheduler.batch_size.start=64", "trainer.max_epochs=2"), id="part"),
+        pytest.param(60_000, (*NARROW, "scheduler.batch_size.start=128", "trainer.max_epochs=2"), id="narrow",
+                     marks=pytest.mark.slow),
+        pytest.param(60_000, ("trainer.max_epochs=6",), id="whole", marks=pytest.mark.slow),
     ],
-)
-def test_real_fashion_mnist(overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+)  # fmt: skip
+def test_real_fashion_mnist(images: int, overrides: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    overrides = (*overrides, f"data.samples_per_epoch={images}")
     run("plan.py", "data=fashion_mnist", "model=cnn5", *overrides, folder=tmp_path / "plan")  # without the data
-    run("train.py", *FASHION_MNIST, "model=cnn5", *overrides, "trainer.log_every_n_steps=7",
+    run("train.py", *FASHION, "model=cnn5", *overrides, "trainer.log_every_n_steps=7",
         "trainer.enable_progress_bar=false", folder=tmp_path / "run")  # fmt: skip
-    check_as_planned(tmp_path / "plan", tmp_path / "run", (*FASHION_MNIST, *overrides), 60_000)
+    check_as_planned(tmp_path / "plan", tmp_path / "run", (*FASHION, *overrides), images)
     accuracies = [float(row["val/accuracy"]) for row in read(tmp_path / "run" / "metrics.csv") if row["val/accuracy"]]
     assert max(accuracies) > (0.9 if "whole" in str(tmp_path) else 0.6)
 
@@ -133,7 +126,7 @@ def test_language_model_grows_by_tokens_inside_the_first_epoch(run: Run, tmp_pat
                  "scheduler.lr.unit=tokens", "scheduler.lr.every=16384")  # fmt: skip
     run("plan.py", *overrides, folder=tmp_path / "plan")
     printed = run("train.py", *overrides, "trainer.log_every_n_steps=7", folder=tmp_path / "run")
-    assert "val ppl" in printed
+    assert "val ppl" in printed.out
     check_as_planned(tmp_path / "plan", tmp_path / "run", overrides, 1000)
     rows = read(tmp_path / "run" / "metrics.csv")
     for row in rows:
@@ -165,25 +158,24 @@ def test_returns_what_a_sweeper_judges_by(metric: str, overrides: tuple[str, ...
 
 
 def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
-    overrides = ["trainer=ddp_cpu", "trainer.max_epochs=3", "trainer.enable_progress_bar=false"]
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={tmp_path / 'run'}", *overrides]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300)
+    overrides = [*NARROW, "trainer=ddp_cpu", "trainer.max_epochs=3", "data.samples_per_epoch=144"]
+    run_python(ROOT / "scripts" / "train.py", f"hydra.run.dir={tmp_path / 'run'}", *overrides, folder=tmp_path)
     rows, stages = read(tmp_path / "run" / "metrics.csv"), read(tmp_path / "run" / "plan.csv")
-    assert [int(stage["steps"]) for stage in stages] == [180, 90, 45]  # the global batch, not one for each process
-    assert int(rows[-1]["step"]) == 180 + 90 + 45 - 1
-    assert float(rows[-1]["samples"]) == 3 * 1440
+    assert [int(stage["steps"]) for stage in stages] == [18, 9, 5]  # the global batch, not one for each process
+    assert int(rows[-1]["step"]) == 18 + 9 + 5 - 1
+    assert float(rows[-1]["samples"]) == 3 * 144
 
 
 def test_sweep_of_the_four_cases(run: Run, tmp_path: Path) -> None:
     run("train.py", "-m", "scheduler=constant_decaying,increasing_decaying,increasing_both,increasing_warmup", "seed=0,1",
-        "trainer.max_epochs=4", "trainer.enable_progress_bar=false", folder=tmp_path / "sweep")  # fmt: skip
+        "trainer.max_epochs=4", "data.samples_per_epoch=160", *NARROW, folder=tmp_path / "sweep")  # fmt: skip
     runs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/metrics.csv"))
     assert len(runs) == 8
     assert all((folder / "curves.png").exists() for folder in runs)
 
 
 def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
-    common = ("scheduler.batch_size.every=2", "scheduler.lr.every=2", "trainer.enable_progress_bar=false")
+    common = ("scheduler.batch_size.every=2", "scheduler.lr.every=2", "data.samples_per_epoch=320", *NARROW)
     run("train.py", *common, "trainer.max_epochs=8", folder=tmp_path / "whole")
     run("train.py", *common, "trainer.max_epochs=4", folder=tmp_path / "first")
     run(
@@ -223,7 +215,7 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
 def test_bad_input_is_refused_before_training(
     overrides: tuple[str, ...], messages: tuple[str, ...], run: Run, tmp_path: Path
 ) -> None:
-    printed = run("train.py", *overrides, folder=tmp_path / "run", fails=True)
+    printed = run("train.py", *overrides, folder=tmp_path / "run", fails=True).both
     for message in messages:
         assert message in printed, printed
     assert not (tmp_path / "run" / "metrics.csv").exists()
@@ -240,7 +232,8 @@ def files_listed(printed: str) -> list[str]:
 ])  # fmt: skip
 def test_lists_the_files_that_there_are(overrides: tuple[str, ...], files: list[str], run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    printed = run("train.py", *overrides, "trainer.max_epochs=1", "trainer.enable_progress_bar=false", folder=folder)
+    overrides = (*overrides, "trainer.max_epochs=1", "data.samples_per_epoch=160", *NARROW)
+    printed = run("train.py", *overrides, folder=folder).out
     written = {path.name for path in folder.iterdir()} - {"train.log"}
     assert files_listed(printed) == [file for file in files if file in written] + sorted(written - set(files))
     # newer Lightnings save last.ckpt in a fast_dev_run too
@@ -249,30 +242,18 @@ def test_lists_the_files_that_there_are(overrides: tuple[str, ...], files: list[
 
 
 def test_warns_once_of_the_plan(run: Run, tmp_path: Path) -> None:
-    overrides = ("scheduler.lr.factor=1.5", "trainer.max_epochs=2", "trainer.enable_progress_bar=false")
+    overrides = ("scheduler.lr.factor=1.5", "trainer.max_epochs=2", "data.samples_per_epoch=160", *NARROW)
     with pytest.warns(UserWarning, match="gamma") as caught:
         run("train.py", *overrides, folder=tmp_path / "run")
     assert sum("gamma" in str(warning.message) for warning in caught) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "subject, bounds", [("callback", 2), ("data", 9), ("switch", 2), ("noise_scale", 1), ("gradient_norm", 2), ("train", 1)]
-)
-def test_benchmark_ends_with_its_ratios(subject: str, bounds: int) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--rounds", "1", subject]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
-    form = rf"{subject}/\S+: ratio [\d.e+-]+, bound [\d.]+"
-    lines = [bool(re.fullmatch(form, line)) for line in printed.splitlines()]
-    assert lines[-bounds:] == [True] * bounds
-    assert not any(lines[:-bounds])
-
-
 def test_plan_says_what_theory_says(run: Run, tmp_path: Path) -> None:
-    printed = run("plan.py", "data=quadratic", "scheduler.lr.factor=1.9", "trainer.max_epochs=20", folder=tmp_path / "out")
+    overrides = ("data=quadratic", "scheduler.lr.factor=1.9", "trainer.max_epochs=20")
+    printed = run("plan.py", *overrides, folder=tmp_path / "out").both
     for said in ("B_T", "V_T", "bound", "gamma^2 >= delta", "rate >= 2/L", "P1 (iii)"):
         assert said in printed, said
-    without = run("plan.py", "data=cifar100", "trainer.max_epochs=300", folder=tmp_path / "other")
+    without = run("plan.py", "data=cifar100", "trainer.max_epochs=300", folder=tmp_path / "other").both
     assert "B_T stalls" in without
     assert "bound" not in without
 
@@ -280,7 +261,7 @@ def test_plan_says_what_theory_says(run: Run, tmp_path: Path) -> None:
 def test_plans_side_by_side(run: Run, tmp_path: Path) -> None:
     names = ["constant_decaying", "increasing_both", "surge"]
     given = ["trainer.max_epochs=30", "data=cifar100", "optimizer.lr=0.2", "scheduler=constant"]
-    printed = run("plan.py", *given, f"--compare={','.join(names)}", folder=tmp_path / "out")
+    printed = run("plan.py", *given, f"--compare={','.join(names)}", folder=tmp_path / "out").out
     for name, steps, peak in zip(names, ("11,730", "37,476", "37,476"), ("0.2", "1.001", "0.2")):
         (line,) = [line for line in printed.splitlines() if f" {name} " in line]
         assert steps in line
@@ -296,4 +277,4 @@ def test_plans_side_by_side(run: Run, tmp_path: Path) -> None:
     (("--compare=constant,increasing_both", "trainer.max_steps=50"), "equal samples"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
-    assert message in run("plan.py", *arguments, folder=tmp_path / "out", fails=True)
+    assert message in run("plan.py", *arguments, folder=tmp_path / "out", fails=True).both

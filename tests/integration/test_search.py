@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from harness.commands import Run, run_python
+from harness.configs import compose_config
+from harness.files import ROOT
 from lightning_bsl.models import NoisyQuadratic
-from tests.integration.conftest import Run
-from tests.test_conf import compose_config
 
 optuna = pytest.importorskip("optuna")
 
@@ -28,6 +29,12 @@ def trials(folder: Path) -> list[tuple[int, str, dict[str, Any], float | None]]:
 
 def metrics(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.parent.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.glob("*/metrics.csv"))}
+
+
+def test_as_a_command(tmp_path: Path) -> None:
+    printed = run_python(ROOT / "scripts" / "search.py", *TINY, "search.trials=1", f"hydra.run.dir={tmp_path}", folder=tmp_path)
+    assert printed.splitlines()[-1].startswith("python scripts/train.py data=quadratic")
+    assert [state for _, state, *_ in trials(tmp_path)] == ["COMPLETE"]
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, when: Callable[[NoisyQuadratic], bool]) -> None:
@@ -45,7 +52,7 @@ def test_goes_on_with_more_trials(run: Run, tmp_path: Path) -> None:
     assert [(number, state) for number, state, *_ in three] == [(number, "COMPLETE") for number in range(3)]
     assert list(files) == ["trial_000", "trial_001", "trial_002"]
 
-    printed = run("search.py", *TINY, "search.trials=5", folder=folder)
+    printed = run("search.py", *TINY, "search.trials=5", folder=folder).out
     five = trials(folder)
     assert five[:3] == three
     assert len({str(params) for *_, params, _ in five}) == len(five) == 5  # a seeded sampler might begin anew
@@ -71,7 +78,7 @@ def test_resumes_an_interrupted_trial(run: Run, tmp_path: Path, monkeypatch: pyt
     run("search.py", *TINY, "search.trials=3", folder=whole)
     with monkeypatch.context() as patch:
         interrupt(patch, lambda model: model.current_epoch == 1 and "trial_001" in str(model.trainer.default_root_dir))
-        assert "interrupted" in run("search.py", *TINY, "search.trials=3", folder=cut, fails=True)
+        assert "interrupted" in run("search.py", *TINY, "search.trials=3", folder=cut, fails=True).err
     assert [state for _, state, *_ in trials(cut)] == ["COMPLETE", "RUNNING"]
     assert (cut / "trial_001" / "checkpoints" / "last.ckpt").exists()
     first = metrics(cut)["trial_000"]
@@ -93,7 +100,8 @@ def test_takes_nothing_for_granted_of_an_unfinished_choice(run: Run, tmp_path: P
 
 
 def test_leaves_out_what_is_refused(run: Run, tmp_path: Path) -> None:
-    printed = run("search.py", *TINY, "search.trials=5", "search.b_0=[16,512]", "dataset.max_batch_size=4096", folder=tmp_path)
+    overrides = ("search.trials=5", "search.b_0=[16,512]", "dataset.max_batch_size=4096")
+    printed = run("search.py", *TINY, *overrides, folder=tmp_path).out
     refused = [number for number, state, params, _ in trials(tmp_path) if params["b_0"] == 512]
     assert 0 < len(refused) < 5
     assert [state for _, state, *_ in trials(tmp_path)] == ["PRUNED" if n in refused else "COMPLETE" for n in range(5)]
@@ -110,12 +118,12 @@ def test_leaves_out_what_is_refused(run: Run, tmp_path: Path) -> None:
     (("scheduler=constant",), "scheduler.batch_size.factor"),
 ])  # fmt: skip
 def test_says_why_it_finds_nothing(overrides: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
-    assert message in run("search.py", *TINY, *overrides, "search.trials=2", folder=tmp_path, fails=True)
+    assert message in run("search.py", *TINY, *overrides, "search.trials=2", folder=tmp_path, fails=True).both
 
 
 def test_refuses_the_folder_of_another_search(run: Run, tmp_path: Path) -> None:
     run("search.py", *TINY, "search.trials=1", folder=tmp_path)
-    printed = run("search.py", *TINY, "search.trials=2", "data.num_examples=512", folder=tmp_path, fails=True)
+    printed = run("search.py", *TINY, "search.trials=2", "data.num_examples=512", folder=tmp_path, fails=True).both
     assert "num_examples: 256" in printed and "num_examples: 512" in printed
 
 

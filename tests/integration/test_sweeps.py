@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 from hydra.utils import instantiate
 
+from harness.commands import Run, run_killed, run_python
+from harness.configs import choices, compose_config
+from harness.files import ROOT
 from lightning_bsl import AdaptiveBatchLRScheduler
 from lightning_bsl.experiment import make_plan, make_trainer
-from tests.integration.conftest import ROOT, Run
-from tests.test_conf import choices, compose_config
 
 TINY = ("data=quadratic", "data.num_examples=256", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
         "trainer.log_every_n_steps=2")  # fmt: skip
@@ -27,8 +25,7 @@ SWEEPS = [experiment for experiment in choices("experiment") if not experiment.s
 def test_runs_side_by_side(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *TINY, "seed=0,1", *launcher]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300)
+    run_python(ROOT / "scripts" / "train.py", "-m", *TINY, "seed=0,1", *launcher, folder=tmp_path)
     runs = [tmp_path / "sweep" / number for number in ("0", "1")]
     assert all((run / ".hydra" / "finished.json").exists() for run in runs)
     first, second = [(run / "metrics.csv").read_text() for run in runs]
@@ -47,20 +44,24 @@ def test_an_interrupted_sweep_goes_on(run: Run, tmp_path: Path) -> None:
     overrides = ("-m", "data=quadratic", "seed=0,1,2", "scheduler=increasing", "scheduler.batch_size.start=32",
                  "trainer.max_epochs=8", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7",
                  "~training_time")  # fmt: skip
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, f"hydra.sweep.dir={sweep}"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 120
-        while not (sweep / "1" / "checkpoints" / "last.ckpt").exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
-        process.kill()
+    killed = """
+        from lightning_bsl.models import NoisyQuadratic
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 3 and self.trainer.default_root_dir.endswith("1"):
+                kill()
+
+        NoisyQuadratic.on_train_epoch_start = on_train_epoch_start
+    """
+    run_killed("train.py", *overrides, f"hydra.sweep.dir={sweep}", by=killed, folder=tmp_path)
     assert (sweep / "1" / "checkpoints" / "last.ckpt").exists()
-    assert not (sweep / "1" / ".hydra" / "finished.json").exists()  # killed early enough
+    assert not (sweep / "1" / ".hydra" / "finished.json").exists()
     assert not (sweep / "2").exists()
     first = sweep / "0" / "metrics.csv"
     before = first.stat().st_mtime_ns, first.read_bytes()
     plan = (sweep / "1" / "plan.csv").read_bytes()
 
-    printed = run("train.py", *overrides, folder=sweep)
+    printed = run("train.py", *overrides, folder=sweep).out
     assert f"{sweep / '0'}: finished before, not trained again" in printed
     assert printed.count("finished before") == 1
     assert (first.stat().st_mtime_ns, first.read_bytes()) == before
@@ -71,21 +72,21 @@ def test_an_interrupted_sweep_goes_on(run: Run, tmp_path: Path) -> None:
         assert ends[0] == ends[1] and ends[0]["value"] is not None
         assert not (sweep / number / "metrics.before.csv").exists()
     assert (sweep / "1" / "plan.csv").read_bytes() == plan
-    assert run("train.py", *overrides, folder=sweep).count("finished before") == 3
+    assert run("train.py", *overrides, folder=sweep).out.count("finished before") == 3
 
 
 def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path) -> None:
     run("train.py", *TINY, folder=tmp_path)
     before = (tmp_path / "metrics.csv").read_bytes()
-    printed = run("train.py", *TINY, "model.condition=20", folder=tmp_path, fails=True)
+    printed = run("train.py", *TINY, "model.condition=20", folder=tmp_path, fails=True).both
     assert "holds another run (condition: 10, condition: 20)" in printed
     assert (tmp_path / "metrics.csv").read_bytes() == before
-    assert "finished before" in run("train.py", *TINY, folder=tmp_path)
+    assert "finished before" in run("train.py", *TINY, folder=tmp_path).out
 
 
 def test_what_is_not_training_may_change(run: Run, tmp_path: Path) -> None:
     run("train.py", *TINY, folder=tmp_path)
-    assert "finished before" in run("train.py", *TINY, "data.num_workers=1", "logger=none", folder=tmp_path)
+    assert "finished before" in run("train.py", *TINY, "data.num_workers=1", "logger=none", folder=tmp_path).out
 
 
 def test_a_smoke_test_finishes_nothing(run: Run, tmp_path: Path) -> None:
