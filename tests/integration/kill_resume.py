@@ -6,6 +6,8 @@ Every life of the run is a process forked from this one, which spares it the imp
 the workers of its loaders die with it, and the next life resumes from the newest checkpoint. Each life keeps a journal:
 whatever step or validation any of them did must be what the run never killed did there, and no step may be missing. At the end
 the two runs' weights, optimizer, callback and count of epochs must be the same to the last bit.
+
+With ``--exact`` a life kills itself, where it starts, trains, validates or saves: nothing depends on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer, seed_everything
@@ -53,11 +55,19 @@ def examples(number: int, seed: int) -> TensorDataset:
     return TensorDataset(x, x.prod(dim=1, keepdim=True), torch.arange(number))
 
 
+class Moment(NamedTuple):
+    """When a life kills itself: the first time that it does so at this step or later."""
+
+    does: Literal["start", "train", "validate", "save"]
+    step: int
+
+
 class Net(LightningModule):
     """All that has a state or draws random numbers: BatchNorm, dropout, Adam with two param groups."""
 
-    def __init__(self, journal: Path, options: argparse.Namespace) -> None:
+    def __init__(self, journal: Path, options: argparse.Namespace, moment: Moment | None = None) -> None:
         super().__init__()
+        self.moment, self.slow = moment, not options.exact
         # what BatchNorm has seen of a step that is cut in two cannot be undone
         norm = nn.Identity() if options.cap else nn.BatchNorm1d(32)
         self.body = nn.Sequential(nn.Linear(8, 32), norm, nn.ReLU(), nn.Dropout(options.dropout))
@@ -69,6 +79,17 @@ class Net(LightningModule):
         with open(self.journal, "ab", buffering=0) as file:
             file.write(f"{line}\n".encode())
 
+    def die(self, does: str) -> None:
+        """Kill this process and its workers, if this is the moment."""
+        if self.moment is not None and does == self.moment.does and self.global_step >= self.moment.step:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    def on_fit_start(self) -> None:
+        self.die("start")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.die("save")
+
     def loss(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self.head(self.body(batch[0])), batch[1])
 
@@ -77,13 +98,17 @@ class Net(LightningModule):
         rates = " ".join(group["lr"].hex() for group in self.trainer.optimizers[0].param_groups)
         said = f"size {len(indices)} lr {rates} loss {loss.item().hex()} examples {indices}"
         self.write(f"step {self.global_step} batch {batch_idx}: {said}")
-        time.sleep(STEP_SECONDS)
+        self.die("train")
+        if self.slow:
+            time.sleep(STEP_SECONDS)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         if not self.trainer.sanity_checking:
             self.write(f"step {self.global_step} validation {batch_idx}: loss {self.loss(batch).item().hex()}")
-            time.sleep(VALIDATION_SECONDS)
+            self.die("validate")
+            if self.slow:
+                time.sleep(VALIDATION_SECONDS)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": 0.002}]
@@ -106,7 +131,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def train(folder: Path, journal: Path, options: argparse.Namespace) -> None:
+def train(folder: Path, journal: Path, options: argparse.Namespace, moment: Moment | None) -> None:
     """One life of the run, from wherever the last one has left it."""
     seed_everything(1)
     scheduler = BatchLRScheduler(batch_size, SqrtScaling(0.005, base_batch_size=6), options.cap)
@@ -125,7 +150,7 @@ def train(folder: Path, journal: Path, options: argparse.Namespace) -> None:
         callbacks=[scheduler, *(ModelCheckpoint(save_last=True, enable_version_counter=False, **save) for save in saves)],
     )
     datamodule = BatchSizeDataModule(examples(510, 2), examples(96, 3), eval_batch_size=32, num_workers=2, seed=4)
-    model = Net(journal, options)
+    model = Net(journal, options, moment)
     checkpoint = newest_checkpoint(folder)
     model.write(f"from: {checkpoint.relative_to(folder) if checkpoint else 'scratch'}")
     trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint)
@@ -151,9 +176,9 @@ class Line(NamedTuple):
 
 
 class Life:
-    """A process that trains."""
+    """A process that trains, to its end or to the moment at which it kills itself."""
 
-    def __init__(self, folder: Path, number: int, options: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, number: int, options: argparse.Namespace, moment: Moment | None = None) -> None:
         self.journal = folder / f"journal {number}.txt"
         self.output = folder / "output.txt"
         self.temporary = Path(options.temporary)
@@ -164,11 +189,11 @@ class Life:
         sys.stdout.flush()  # or the child prints what is left there once more
         self.pid = os.fork()
         if self.pid == 0:
-            self._live(folder, options)
+            self._live(folder, options, moment)
         with contextlib.suppress(OSError):  # the child does it too: who comes first is not known
             os.setpgid(self.pid, self.pid)
 
-    def _live(self, folder: Path, options: argparse.Namespace) -> None:
+    def _live(self, folder: Path, options: argparse.Namespace, moment: Moment | None) -> None:
         code = 1
         try:
             os.setpgid(0, 0)
@@ -176,7 +201,7 @@ class Life:
             os.dup2(output, 1)
             os.dup2(output, 2)
             tempfile.tempdir = str(self.temporary)
-            train(folder, self.journal, options)
+            train(folder, self.journal, options, moment)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -243,6 +268,20 @@ def draw_moments(kills: int, seed: int, steps: int, start: float, seconds: float
     return [(-1, rng.uniform(0, start)) if rng.random() < 0.2 else (step, rng.uniform(0, spread)) for step in targets]
 
 
+def draw_exact_moments(kills: int, seed: int, steps: int) -> list[Moment]:
+    """When lives kill themselves: each kind in turn, at steps that rise.
+
+    Args:
+        kills: How many.
+        seed: Of the draw.
+        steps: Steps of the whole run.
+    """
+    rng = random.Random(seed)
+    kinds = ("train", "save", "validate", "start")
+    targets = sorted(rng.randrange(1, steps - MARGIN) for _ in range(kills))
+    return [Moment(kinds[number % len(kinds)], 0 if number % 4 == 3 else step) for number, step in enumerate(targets)]
+
+
 # --- the comparison
 
 
@@ -292,11 +331,17 @@ def compare_runs(folder: Path, options: argparse.Namespace) -> int:
 
     lives: list[Life] = []
     phases: Counter[str] = Counter()
-    for step, delay in draw_moments(options.kills, options.seed, steps, started - began, ended - started):
-        lives.append(Life(folder / "killed", len(lives), options))
-        lives[-1].wait(step)
-        time.sleep(delay)
-        phases[lives[-1].phase() if lives[-1].kill() else "missed"] += 1
+    if options.exact:
+        for moment in draw_exact_moments(options.kills, options.seed, steps):
+            lives.append(Life(folder / "killed", len(lives), options, moment))
+            lives[-1].wait()
+            phases[moment.does if os.WIFSIGNALED(lives[-1].status) else "missed"] += 1
+    else:
+        for step, delay in draw_moments(options.kills, options.seed, steps, started - began, ended - started):
+            lives.append(Life(folder / "killed", len(lives), options))
+            lives[-1].wait(step)
+            time.sleep(delay)
+            phases[lives[-1].phase() if lives[-1].kill() else "missed"] += 1
     lives.append(Life(folder / "killed", len(lives), options))
     lives[-1].wait()
 
@@ -328,6 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--exact", action="store_true", help="lives kill themselves at steps, not at moments of the clock")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--cap", type=int, help="`max_device_batch_size`; the model then has no BatchNorm")
     parser.add_argument("--temporary", help="folder for Lightning's temporary files, say on another file system")

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import kill_resume
 import pytest
 import torch
+from kill_resume import Line, differences, read_state
 
-from tests.integration import kill_resume
-from tests.integration.kill_resume import Line, differences, read_state
+from harness.commands import run_python
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        "--kills 8 --seed 2",
+        "--kills 4 --seed 2 --exact",
+        pytest.param("--kills 20 --seed 3 --exact --cap 7", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 2", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --cap 7", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_equals_never_killed(options: str) -> None:
-    command = [sys.executable, kill_resume.__file__, *options.split()]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    summary = done.stdout.splitlines()[-1]
+def test_killed_and_resumed_equals_never_killed(options: str, tmp_path: Path) -> None:
+    printed = run_python(kill_resume.__file__, *options.split(), folder=tmp_path, timeout=600)
+    summary = printed.splitlines()[-1]
     assert summary.endswith(": equal")
     resumes = re.search(r"(\d+) resumes", summary)
     assert resumes and int(resumes[1]) > 0, summary

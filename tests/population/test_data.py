@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from harness.files import flat
 from lightning_bsl.data import BatchSizeDataModule, Digits
 from lightning_bsl.data.sampler import GlobalBatchSampler
 from lightning_bsl.population import PopulationData, PopulationSampler
 from lightning_bsl.schedules import Progress
-from tests.helpers import flat
 
 
 @pytest.mark.parametrize("start", [0, 3, 4, 11])

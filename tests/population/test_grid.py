@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from harness.commands import Run, run_killed
+from harness.configs import choices, compose_config
+from harness.fits import out_of_memory, quiet
 from lightning_bsl.data import Digits
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Grid, Outcome, Population, read_outcomes, run_grid
 from lightning_bsl.population.grid import fitting
-from tests.helpers import quiet
-from tests.integration.conftest import ROOT, Run, run
-from tests.test_conf import CONF, choices
-
-__all__ = ["run"]  # the fixture
 
 GRID: dict[str, Any] = {
     "batch_sizes": [8, 16], "lrs": [0.01, 0.02, 1e200], "seeds": 2, "targets": [2.2, 1.9], "max_examples": 1500,
@@ -70,6 +63,7 @@ def test_every_replica_has_its_line(whole: list[Outcome]) -> None:
     assert (1e200, "diverged") in statuses and (0.02, "reached") in statuses
 
 
+@pytest.mark.quick(size=[5])
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_passes_of_any_size_find_the_same(whole: list[Outcome], size: int, tmp_path: Path) -> None:
     same(trained(tmp_path / "replicas.csv", replicas_per_pass=size), whole)
@@ -130,7 +124,7 @@ def test_where_memory_is_short_fewer_train_at_once(
     def training_step(self: Population, batch: Any, batch_idx: int) -> Tensor:
         sizes.append(len(self.replicas))
         if len(self.replicas) > 2:
-            raise torch.OutOfMemoryError("out of memory")
+            raise out_of_memory()
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Population, "training_step", training_step)
@@ -183,18 +177,25 @@ SCRIPT = (
 
 def test_the_script_killed_goes_on(run: Run, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    printed = run("surge_grid.py", *SCRIPT, folder=whole)
+    printed = run("surge_grid.py", *SCRIPT, folder=whole).out
     assert "12 reached, 0 not_reached, 0 diverged" in printed
     assert f"python scripts/surge_report.py {whole}" in printed
-    command = [sys.executable, str(ROOT / "scripts" / "surge_grid.py"), *SCRIPT, "grid.replicas_per_pass=2",
-               f"hydra.run.dir={cut}"]  # fmt: skip
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 120
-        while len(read_outcomes(cut / "replicas.csv")) < 4 and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
-        process.kill()
+    killed = f"""
+        from lightning_bsl.population import Population, read_outcomes
+
+        step = Population.training_step
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3 and len(read_outcomes({str(cut / "replicas.csv")!r})) >= 4:
+                kill()
+            return step(self, batch, batch_idx)
+
+        Population.training_step = training_step
+    """
+    options = ("grid.replicas_per_pass=2", f"hydra.run.dir={cut}")
+    run_killed("surge_grid.py", *SCRIPT, *options, by=killed, folder=tmp_path)
     before = read_outcomes(cut / "replicas.csv")
-    assert 4 <= len(before) < 12  # killed early enough
+    assert 4 <= len(before) < 12
     run("surge_grid.py", *SCRIPT, folder=cut)
     after = read_outcomes(cut / "replicas.csv")
     assert str(after[: len(before)]) == str(before)
@@ -211,14 +212,14 @@ def test_the_script_killed_goes_on(run: Run, tmp_path: Path) -> None:
     ((*SCRIPT, "data.augment=true"), "trains without augmentation|Could not override"),
 ])  # fmt: skip
 def test_the_script_says_what_is_wrong(run: Run, overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    printed = run("surge_grid.py", *overrides, folder=tmp_path / "grid", fails=True)
+    printed = run("surge_grid.py", *overrides, folder=tmp_path / "grid", fails=True).both
     assert re.search(message, printed, flags=re.S), printed
 
 
 def test_the_script_refuses_the_folder_of_another_grid(run: Run, tmp_path: Path) -> None:
     small = (*SCRIPT, "grid.batch_sizes=[8]", "grid.lrs=[0.02]", "grid.seeds=1")
     run("surge_grid.py", *small, folder=tmp_path)
-    printed = run("surge_grid.py", *small, "optimizer.betas=[0.0,0.0]", folder=tmp_path, fails=True)
+    printed = run("surge_grid.py", *small, "optimizer.betas=[0.0,0.0]", folder=tmp_path, fails=True).both
     assert "holds another grid" in printed
     run("surge_grid.py", *small, "grid.seeds=2", folder=tmp_path)
     assert len(read_outcomes(tmp_path / "replicas.csv")) == 2
@@ -226,9 +227,7 @@ def test_the_script_refuses_the_folder_of_another_grid(run: Run, tmp_path: Path)
 
 @pytest.mark.parametrize("experiment", [each for each in choices("experiment") if each.startswith("surge_")])
 def test_presets_compose(experiment: str) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("surge_grid", [f"experiment={experiment}"], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
+    cfg = compose_config(f"experiment={experiment}", name="surge_grid")
     assert cfg.hydra.run.dir == f"runs/{experiment}"
     OmegaConf.resolve(cfg.grid)
     grid = instantiate(cfg.grid)

@@ -14,14 +14,14 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from harness.configs import compose_config
+from harness.fits import quiet
 from lightning_bsl.data import Digits
 from lightning_bsl.data.sampler import GlobalBatchSampler
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Outcome, Population, PopulationData
 from lightning_bsl.schedules import Progress
 from lightning_bsl.training import train
-from tests.helpers import quiet
-from tests.test_conf import compose_config
 
 CNN = ("data=digits", "model=cnn5", "+model.net.width=4", "optimizer=adam")
 SIGN = "optimizer.betas=[0.0,0.0]"
@@ -173,8 +173,9 @@ def steps_alone(seed: int, lr: float, most: int, data: Digits, probe: Any) -> tu
     raise AssertionError
 
 
-def test_steps_to_the_target_are_those_of_plain_loops() -> None:
-    replicas = [(seed, lr) for lr in (0.02, 0.015, 0.01, 0.008) for seed in range(25)]
+@pytest.mark.parametrize("seeds", [6, pytest.param(25, marks=pytest.mark.slow)])
+def test_steps_to_the_target_are_those_of_plain_loops(seeds: int) -> None:
+    replicas = [(seed, lr) for lr in (0.02, 0.015, 0.01, 0.008) for seed in range(seeds)]
     outcomes: list[Outcome] = []
     trained_together(
         make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[2.0], max_steps=100, on_end=outcomes.extend,
@@ -190,8 +191,8 @@ def test_steps_to_the_target_are_those_of_plain_loops() -> None:
             equal += (each.steps, each.loss_drop) == (alone[0], pytest.approx(alone[1], abs=1e-3))
         else:
             equal += (each.status, alone) == ("not_reached", None)
-    assert reached > 80
-    assert equal >= 99
+    assert reached > 0.8 * len(replicas)
+    assert equal >= 0.99 * len(replicas)
 
 
 def test_what_diverges_is_noted_and_harms_nobody() -> None:

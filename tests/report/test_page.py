@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from harness.browser import browse, needs_browser, probed, skip_unless_it_starts
+from harness.runs import sweep, write_run
 from lightning_bsl.report import default_baseline, find_runs, group_runs, write_report
-from tests.report.browser import browse, needs_browser, probed, skip_unless_it_starts
-from tests.report.test_compare import sweep, write_run
 
 pytestmark = needs_browser
 MORE = """

@@ -14,17 +14,18 @@ import pytest
 import yaml
 from hydra.utils import instantiate
 
+from harness.browser import browse, needs_browser, probed, skip_unless_it_starts
+from harness.commands import run_script
+from harness.configs import compose_config
+from harness.files import csv_rows
 from lightning_bsl.population import Outcome
 from lightning_bsl.report import analyse_surge, surge_commands, surge_summary, train_overrides, write_surge_report
 from lightning_bsl.report.surge import Surge, surge_settings
 from lightning_bsl.report.surge_text import surge_findings
 from lightning_bsl.schedules import NoiseScaling, ScalingRule, SurgeScaling
 from lightning_bsl.theory import TradeoffFit, lr_curve
-from tests.helpers import csv_rows, run_script
-from tests.report.browser import browse, needs_browser, probed, skip_unless_it_starts
-from tests.test_conf import compose_config
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "surge_report.py"
+SCRIPT = "surge_report.py"
 SIZES = [2, 4, 8, 16, 32, 64, 128, 256, 512]
 LRS = [float(f"{0.001 * 1.25**i:.3g}") for i in range(11)]  # to 0.0093
 NOISE, PEAK, LEAST = 32.0, 0.0042, 200.0
