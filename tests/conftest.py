@@ -6,17 +6,16 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
 
-from harness.clock import Clock
 from harness.commands import Printed, Run, run_script
 from harness.processes import Pair
 
-# the models are tiny: a second thread would cost more than it gives, and the more where others use the cores
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from harness.clock import Clock
 
 FIRST = ("tests/schedules/", "tests/theory/")  # a broken formula is seen in seconds
 
@@ -48,10 +47,19 @@ def _is_one_of(item: pytest.Item, cases: dict[str, list[object]]) -> bool:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is left in the caches of whoever runs the tests."""
+def one_thread() -> None:
+    """The models are tiny: a second thread would cost more than it gives, and the more where others use the cores."""
+    import torch  # not at the top: pytest-xdist's own process has no use for it
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is left in the folder or in the caches of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.chdir(tmp_path_factory.mktemp("cwd"))
         yield
 
 
@@ -66,13 +74,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of our callbacks and of Lightning's, in the hands of the test."""
+    from harness.clock import Clock
+
     return Clock(monkeypatch, "lightning_bsl.callbacks.training_time", "lightning.pytorch.callbacks.timer")
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a Hydra command as ``python scripts/...`` would, in this process; returns what it prints."""
+    """Runs a Hydra command as ``python scripts/...`` would, in this process; returns what it prints.
+
+    Its figures are empty files: to draw them takes longer than such a run, and tests/report does it.
+    """
     monkeypatch.chdir(tmp_path)
+    for name in ("training.plot_run", "report.plot_plan", "report.plot_comparison"):
+        monkeypatch.setattr(f"lightning_bsl.{name}", lambda _, path, *__: Path(path).touch())
 
     def run_in(script: str, *overrides: str, folder: Path, fails: bool = False) -> Printed:
         flags = [override for override in overrides if override.startswith("-")]

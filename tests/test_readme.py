@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 from hydra.utils import instantiate
 
-from harness.commands import run_python
 from harness.configs import compose_config
 from harness.files import ROOT
 
@@ -24,11 +24,15 @@ COMMANDS = [
 ]
 
 
-def test_python_blocks_run_as_one_file(tmp_path: Path) -> None:
+def test_python_blocks_run_as_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # `main.py` is another file, which tests/integration/test_cli.py runs
     code = "\n".join(re.findall(r"```python\n(?!# main\.py)(.*?)```", README, flags=re.S))
     (tmp_path / "readme.py").write_text(code)
-    assert "128 9775 0.1" in run_python("readme.py", folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("readme.py", run_name="__main__")
+    assert "128 9775 0.1" in capsys.readouterr().out
 
 
 def test_tables_name_every_choice() -> None:

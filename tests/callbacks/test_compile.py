@@ -125,6 +125,8 @@ def compiled_net(counter: Counter, net: nn.Module) -> tuple[Any, Any]:
     return (model := Module(torch.compile(net, backend=counter))), model
 
 
+@pytest.mark.quick(way=[compiled_net], sizes=[FROM_ONE, JUMPING])
+@pytest.mark.quick(way=[compiled_model_that_logs])
 @pytest.mark.parametrize(
     ("way", "sizes"),
     [(compiled_net, sizes) for sizes in (GROWING, FROM_ONE, SHRINKING, JUMPING)]
@@ -195,6 +197,7 @@ def classifier(counter: Counter, monkeypatch: pytest.MonkeyPatch, net: nn.Module
     return model
 
 
+@pytest.mark.quick(sizes=[GROWING, SHRINKING])
 @pytest.mark.parametrize("sizes", [GROWING, FROM_ONE, SHRINKING, JUMPING])
 def test_classifier(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = classifier(counter := Counter(), monkeypatch, mlp()), Sized(mlp(), num_classes=3)

@@ -142,7 +142,7 @@ def train(folder: Path, journal: Path, options: argparse.Namespace, moment: Mome
     ]
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=10,
+        max_epochs=options.epochs,
         val_check_interval=0.5,
         logger=False,
         enable_progress_bar=False,
@@ -374,6 +374,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--exact", action="store_true", help="lives kill themselves at steps, not at moments of the clock")
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--cap", type=int, help="`max_device_batch_size`; the model then has no BatchNorm")
     parser.add_argument("--temporary", help="folder for Lightning's temporary files, say on another file system")

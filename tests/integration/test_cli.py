@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,6 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from harness.commands import run_python
 from harness.data import Stranger, regression
 from harness.files import ROOT
 from harness.fits import fit, quiet
@@ -273,13 +273,15 @@ def test_fit_and_resume(datamodule: Any, cli: Run, tmp_path: Path) -> None:
     assert scheduler_of(resumed).progress == scheduler.progress
 
 
-def test_the_readmes_files(tmp_path: Path) -> None:
+def test_the_readmes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text()
     for kind, name in (("python", "main.py"), ("yaml", "config.yaml")):
         (text,) = re.findall(rf"```{kind}\n(# {name}\n.*?)```", readme, flags=re.S)
         (tmp_path / name).write_text(text)
     (command,) = re.findall(r"^(python main.py fit --config config.yaml)$", readme, flags=re.M)
-    run_python(*command.split()[1:], folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command.split()[1:])
+    runpy.run_path("main.py", run_name="__main__")
     (path,) = (tmp_path / "lightning_logs" / "version_0" / "checkpoints").glob("*.ckpt")
     state = torch.load(path, weights_only=True)["callbacks"]["BatchLRScheduler"]
     # 1,440 digits; two epochs each of batches of 8, 16 and 32

@@ -17,7 +17,8 @@ from harness.commands import run_python
 @pytest.mark.parametrize(
     "options",
     [
-        "--kills 4 --seed 2 --exact",
+        "--kills 4 --seed 2 --exact --epochs 4",
+        pytest.param("--kills 20 --seed 2 --exact", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --exact --cap 7", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 2", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --cap 7", marks=pytest.mark.slow),
