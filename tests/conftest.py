@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +17,10 @@ from harness.processes import Pair
 
 if TYPE_CHECKING:
     from harness.clock import Clock
+
+# The models are tiny: a second thread would cost more than it gives, and threads that wait for a core taken by another process
+# cost seconds. Read where NumPy, SciPy and torch are imported; inherited by all processes that the tests start.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 FIRST = ("tests/schedules/", "tests/theory/")  # a broken formula is seen in seconds
 
@@ -44,14 +49,6 @@ def _is_one_of(item: pytest.Item, cases: dict[str, list[object]]) -> bool:
     """Whether each parameter that ``cases`` names has one of the values given there."""
     values = item.callspec.params  # type: ignore[attr-defined]
     return all(any(values[name] is each or values[name] == each for each in given) for name, given in cases.items())
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """The models are tiny: a second thread would cost more than it gives, and the more where others use the cores."""
-    import torch  # not at the top: pytest-xdist's own process has no use for it
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

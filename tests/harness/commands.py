@@ -7,8 +7,9 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from textwrap import dedent
 from typing import NamedTuple, Protocol
 
 import pytest
@@ -44,30 +45,32 @@ def run_script(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch)
     return 0
 
 
-def run_killed(script: str, *arguments: object, by: str, folder: Path) -> None:
-    """Run a script in a process of its own, which kills itself: ``by`` is code that lets it call ``kill()`` somewhere."""
-    code = f"""
-import os, runpy, signal, sys
-
-def kill():
+def kill() -> None:
+    """End this process at once, as a lack of memory or an operator does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
-{dedent(by)}
-sys.argv = {[script, *map(str, arguments)]!r}
-runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")
-"""
-    done = _run(folder, 300, "-c", code)
-    assert done.returncode == -signal.SIGKILL, done.stdout[-3000:] + done.stderr[-3000:]
+
+def run_killed(script: str, *arguments: object, prepare: Callable[[], None], folder: Path) -> None:
+    """Run a script in a fork of this process, which kills itself: ``prepare`` lets it call `kill` somewhere."""
+    output = folder / "output.txt"
+    sys.stdout.flush()  # or the child prints what is left there once more
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException), output.open("w") as file:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            os.chdir(folder)
+            prepare()
+            sys.argv = [script, *map(str, arguments)]
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, output.read_text()[-3000:]
 
 
 def run_python(*arguments: object, folder: Path, timeout: float = 300) -> str:
     """Run Python in a process of its own, in ``folder``; returns what it prints. It must succeed."""
-    done = _run(folder, timeout, *arguments)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
-
-
-def _run(folder: Path, timeout: float, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -369,7 +369,8 @@ def compare_runs(folder: Path, options: argparse.Namespace) -> int:
     return len(found)
 
 
-def main() -> None:
+def run(arguments: list[str] | None = None) -> int:
+    """Compare runs as the arguments say; returns the number of differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -379,15 +380,15 @@ def main() -> None:
     parser.add_argument("--cap", type=int, help="`max_device_batch_size`; the model then has no BatchNorm")
     parser.add_argument("--temporary", help="folder for Lightning's temporary files, say on another file system")
     parser.add_argument("--keep", help="folder to copy journals and checkpoints to")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # to fork is safe only while there is one thread
-    warnings.simplefilter("ignore")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=options.temporary) as options.temporary:
         found = compare_runs(Path(folder), options)
         if options.keep:
             shutil.copytree(folder, options.keep, dirs_exist_ok=True)
-    sys.exit(found > 0)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)  # to fork is safe only while there is one thread
+    warnings.simplefilter("ignore")
+    sys.exit(run() > 0)

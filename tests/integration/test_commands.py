@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from harness.commands import run_python
 from harness.files import ROOT
 from harness.runs import sweep
@@ -36,6 +38,7 @@ def test_surge_report(tmp_path: Path) -> None:
     assert list((tmp_path / "report").glob("*.html"))
 
 
+@pytest.mark.slow  # killed and resumed it is run by default, in tests/population
 def test_surge_grid(tmp_path: Path) -> None:
     overrides = ("+model.net.width=4", "grid.batch_sizes=[8]", "grid.lrs=[0.02]", "grid.seeds=1", "grid.targets=[2.0]",
                  "grid.max_examples=800", "grid.probe=40")  # fmt: skip

@@ -11,8 +11,6 @@ import pytest
 import torch
 from kill_resume import Line, differences, read_state
 
-from harness.commands import run_python
-
 
 @pytest.mark.parametrize(
     "options",
@@ -24,9 +22,10 @@ from harness.commands import run_python
         pytest.param("--kills 20 --seed 3 --cap 7", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_equals_never_killed(options: str, tmp_path: Path) -> None:
-    printed = run_python(kill_resume.__file__, *options.split(), folder=tmp_path, timeout=600)
-    summary = printed.splitlines()[-1]
+@pytest.mark.filterwarnings("ignore")
+def test_killed_and_resumed_equals_never_killed(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kill_resume.run(options.split()) == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
     assert summary.endswith(": equal")
     resumes = re.search(r"(\d+) resumes", summary)
     assert resumes and int(resumes[1]) > 0, summary

@@ -14,8 +14,10 @@ from harness.commands import Run, run_python
 from harness.configs import compose_config
 from harness.files import FASHION_MNIST, ROOT
 from harness.files import csv_rows as read
+from harness.processes import Pair
 from lightning_bsl.experiment import make_plan
 from lightning_bsl.schedules import Progress
+from lightning_bsl.training import train
 
 NARROW = ("+model.net.width=4", "trainer.enable_progress_bar=false")
 FIRST_COLUMNS = ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
@@ -157,9 +159,17 @@ def test_returns_what_a_sweeper_judges_by(metric: str, overrides: tuple[str, ...
     assert returned == pytest.approx([float(row[metric]) for row in read(tmp_path / "metrics.csv") if row[metric]][-1])
 
 
-def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
+def train_with(*overrides: str) -> None:
+    train(compose_config(*overrides))
+
+
+@pytest.mark.parametrize("launched_by", ["us", pytest.param("Lightning", marks=pytest.mark.slow)])
+def test_two_processes(launched_by: str, pair: Pair, tmp_path: Path) -> None:
     overrides = [*NARROW, "trainer=ddp_cpu", "trainer.max_epochs=3", "data.samples_per_epoch=144"]
-    run_python(ROOT / "scripts" / "train.py", f"hydra.run.dir={tmp_path / 'run'}", *overrides, folder=tmp_path)
+    if launched_by == "us":
+        pair(train_with, *overrides, f"output_dir={tmp_path / 'run'}")
+    else:
+        run_python(ROOT / "scripts" / "train.py", f"hydra.run.dir={tmp_path / 'run'}", *overrides, folder=tmp_path)
     rows, stages = read(tmp_path / "run" / "metrics.csv"), read(tmp_path / "run" / "plan.csv")
     assert [int(stage["steps"]) for stage in stages] == [18, 9, 5]  # the global batch, not one for each process
     assert int(rows[-1]["step"]) == 18 + 9 + 5 - 1

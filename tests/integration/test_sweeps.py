@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from hydra.utils import instantiate
 
-from harness.commands import Run, run_killed, run_python
+from harness.commands import Run, kill, run_killed, run_python
 from harness.configs import choices, compose_config
 from harness.files import ROOT
 from lightning_bsl import AdaptiveBatchLRScheduler
 from lightning_bsl.experiment import make_plan, make_trainer
+from lightning_bsl.models import NoisyQuadratic
 
 TINY = ("data=quadratic", "data.num_examples=256", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
         "trainer.log_every_n_steps=2")  # fmt: skip
@@ -41,19 +42,18 @@ def test_jobs_of_a_cluster_compose() -> None:
 
 def test_an_interrupted_sweep_goes_on(run: Run, tmp_path: Path) -> None:
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
-    overrides = ("-m", "data=quadratic", "seed=0,1,2", "scheduler=increasing", "scheduler.batch_size.start=32",
-                 "trainer.max_epochs=8", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7",
+    overrides = ("-m", "data=quadratic", "seed=0,1,2", "scheduler=increasing", "data.num_examples=512",
+                 "scheduler.batch_size.start=32", "trainer.max_epochs=6", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7",
                  "~training_time")  # fmt: skip
-    killed = """
-        from lightning_bsl.models import NoisyQuadratic
 
-        def on_train_epoch_start(self):
-            if self.current_epoch == 3 and self.trainer.default_root_dir.endswith("1"):
+    def prepare() -> None:
+        def on_train_epoch_start(model: NoisyQuadratic) -> None:
+            if model.current_epoch == 3 and model.trainer.default_root_dir == str(sweep / "1"):
                 kill()
 
-        NoisyQuadratic.on_train_epoch_start = on_train_epoch_start
-    """
-    run_killed("train.py", *overrides, f"hydra.sweep.dir={sweep}", by=killed, folder=tmp_path)
+        NoisyQuadratic.on_train_epoch_start = on_train_epoch_start  # type: ignore[method-assign]
+
+    run_killed("train.py", *overrides, f"hydra.sweep.dir={sweep}", prepare=prepare, folder=tmp_path)
     assert (sweep / "1" / "checkpoints" / "last.ckpt").exists()
     assert not (sweep / "1" / ".hydra" / "finished.json").exists()
     assert not (sweep / "2").exists()

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from harness.commands import Run, run_killed
+from harness.commands import Run, kill, run_killed
 from harness.configs import choices, compose_config
 from harness.fits import out_of_memory, quiet
 from lightning_bsl.data import Digits
@@ -180,20 +180,19 @@ def test_the_script_killed_goes_on(run: Run, tmp_path: Path) -> None:
     printed = run("surge_grid.py", *SCRIPT, folder=whole).out
     assert "12 reached, 0 not_reached, 0 diverged" in printed
     assert f"python scripts/surge_report.py {whole}" in printed
-    killed = f"""
-        from lightning_bsl.population import Population, read_outcomes
 
+    def prepare() -> None:
         step = Population.training_step
 
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 3 and len(read_outcomes({str(cut / "replicas.csv")!r})) >= 4:
+        def training_step(population: Population, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 3 and len(read_outcomes(cut / "replicas.csv")) >= 4:
                 kill()
-            return step(self, batch, batch_idx)
+            return step(population, batch, batch_idx)
 
-        Population.training_step = training_step
-    """
+        Population.training_step = training_step  # type: ignore[method-assign]
+
     options = ("grid.replicas_per_pass=2", f"hydra.run.dir={cut}")
-    run_killed("surge_grid.py", *SCRIPT, *options, by=killed, folder=tmp_path)
+    run_killed("surge_grid.py", *SCRIPT, *options, prepare=prepare, folder=tmp_path)
     before = read_outcomes(cut / "replicas.csv")
     assert 4 <= len(before) < 12
     run("surge_grid.py", *SCRIPT, folder=cut)
