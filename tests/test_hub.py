@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,21 @@ import huggingface_hub
 import pytest
 
 from harness.commands import run_python
+from lightning_bsl.data import ELI5Category, PydocTopics
 from lightning_bsl.hub import check_reachable
+from lightning_bsl.models import distilgpt2
 
 
+def test_what_needs_the_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("transformers", "datasets", "tokenizers", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, name, None)
+    uses = (distilgpt2, PydocTopics(cache_dir=str(tmp_path)).prepare_data, ELI5Category().fetch)
+    for use, name in zip(uses, ("transformers", "tokenizers", "huggingface_hub")):
+        with pytest.raises(ModuleNotFoundError, match=rf"{name}, which.*pip install 'lightning_bsl\[text\]'"):
+            use()
+
+
+@pytest.mark.slow
 def test_without_the_extra(tmp_path: Path) -> None:
     """Everything else imports and runs; what needs the extra names it."""
     code = """if True:

@@ -125,7 +125,7 @@ def compiled_net(counter: Counter, net: nn.Module) -> tuple[Any, Any]:
     return (model := Module(torch.compile(net, backend=counter))), model
 
 
-@pytest.mark.quick(way=[compiled_net], sizes=[FROM_ONE, JUMPING])
+@pytest.mark.quick(way=[compiled_net], sizes=[FROM_ONE])
 @pytest.mark.quick(way=[compiled_model_that_logs])
 @pytest.mark.parametrize(
     ("way", "sizes"),

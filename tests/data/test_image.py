@@ -161,10 +161,11 @@ class TestImageDataModule:
         """Return the training images of an epoch in the order of the data set."""
         datamodule = in_training(Random(batch_size=batch_size, num_workers=num_workers, seed=5, **options), epoch)
         datamodule.setup("fit")
-        images, rows = [], []
-        for batch in datamodule.train_dataloader():
+        images, rows, loader = [], [], datamodule.train_dataloader()
+        for batch in loader:
             images.append(datamodule.on_after_batch_transfer(batch, 0)[0])
             rows.append(batch[2])
+        loader._iterator = None  # ends its workers at once; the collector would take seconds for each
         return torch.cat(images)[torch.cat(rows).argsort()]
 
     @pytest.mark.parametrize("batch_size", [1, 3, 16])

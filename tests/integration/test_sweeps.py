@@ -113,6 +113,7 @@ def test_a_callback_that_is_not_chosen_is_none(run: Run, tmp_path: Path) -> None
     assert "FullGradientNorm" not in names
 
 
+@pytest.mark.quick(experiment=[experiment for experiment in SWEEPS if experiment.endswith("_small")])
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_the_runs_of_an_experiment(experiment: str) -> None:
     whole = compose_config(f"experiment={experiment}").hydra
