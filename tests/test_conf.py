@@ -140,6 +140,8 @@ def test_problems_bring_their_model_and_constants() -> None:
     assert compose_config("data=quadratic", "model=logistic").model._target_.endswith("LogisticRegression")
 
 
+@pytest.mark.quick(model=[["data=pydoc"]])
+@pytest.mark.quick(optimizer=["SGD"])
 @pytest.mark.parametrize("overrides, optimizer, lr", [
     ((), "AdamW", 0.001),
     (("optimizer=adam", "optimizer.betas=[0.0,0.0]"), "Adam", 0.001),

@@ -101,6 +101,8 @@ def test_learning_rate_monitor(datamodule: Any, first: bool, interval: Any, tmp_
 # --- ModelCheckpoint ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(datamodule=[own])
+@pytest.mark.quick(saved=[[5, 8], [8, 12]])
 @both
 @pytest.mark.parametrize(
     ("arguments", "saved"),
@@ -173,6 +175,7 @@ def test_early_stopping_inside_an_epoch(datamodule: Any, tmp_path: Path) -> None
     assert (scheduler.progress.epoch, scheduler.progress.samples) == (4, N + 32 + 2 * N)
 
 
+@pytest.mark.quick(seconds=[85])
 @both
 @pytest.mark.parametrize("as_argument", [True, False])
 @pytest.mark.parametrize("seconds", [85, 40, 130])
@@ -293,6 +296,8 @@ def test_validation_and_test_before_and_after(datamodule: Any, tmp_path: Path) -
 # --- when validation runs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(datamodule=[own])
+@pytest.mark.quick(steps=[[2, 4, 7, 10, 12], [7, 12]])
 @both
 @pytest.mark.parametrize(
     ("arguments", "steps"),
@@ -330,6 +335,8 @@ def test_validation_where_the_batch_grows_inside_an_epoch(interval: float, steps
 # --- how much of an epoch ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(datamodule=[own])
+@pytest.mark.quick(sizes=[[16, 32, 64, 64]])
 @both
 @pytest.mark.parametrize(
     ("arguments", "sizes"),

@@ -362,8 +362,8 @@ class Plain(LightningDataModule):
         return DataLoader(DATA, batch_size=9, shuffle=True, generator=generator)
 
 
-@pytest.mark.quick(workers=[0])
-@pytest.mark.quick(source=["micro"])
+@pytest.mark.quick(source=["half", "auto", "accumulated"], workers=[0])
+@pytest.mark.quick(source=["micro"], workers=[2])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["half", "micro", "auto", "accumulated"])
 def test_training_does_not_notice(source: str, workers: int, tmp_path: Path) -> None:

@@ -67,10 +67,10 @@ def run_killed(script: str, *arguments: object, prepare: Callable[[], None], fol
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, output.read_text()[-3000:]
 
 
-def run_python(*arguments: object, folder: Path, timeout: float = 300) -> str:
+def run_python(*arguments: object, folder: Path, timeout: float = 300, stdin: str = "") -> str:
     """Run Python in a process of its own, in ``folder``; returns what it prints. It must succeed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

@@ -222,7 +222,7 @@ EQUAL_CASES = given(case=cases("float32", "float64"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@settings(max_examples=12, phases=NO_SHRINKING)
+@settings(max_examples=8, phases=NO_SHRINKING)
 @EQUAL_CASES
 def test_equals_a_plain_loop(processes: int, pair: Pair, case: Case) -> None:
     equals_a_plain_loop(processes, pair, case)
@@ -295,7 +295,7 @@ RESUMED_CASES = given(case=cases("float32", "float64"), every=st.integers(1, 6),
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@settings(max_examples=6, phases=NO_SHRINKING)
+@settings(max_examples=5, phases=NO_SHRINKING)
 @RESUMED_CASES
 def test_resumes_bit_for_bit(processes: int, pair: Pair, case: Case, every: int, data: st.DataObject) -> None:
     resumes_bit_for_bit(processes, pair, case, every, data)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from harness.commands import Run, run_python
+from harness.commands import Run
 from harness.configs import compose_config
-from harness.files import ROOT
 from lightning_bsl.models import NoisyQuadratic
 
 optuna = pytest.importorskip("optuna")
@@ -29,12 +28,6 @@ def trials(folder: Path) -> list[tuple[int, str, dict[str, Any], float | None]]:
 
 def metrics(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.parent.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.glob("*/metrics.csv"))}
-
-
-def test_as_a_command(tmp_path: Path) -> None:
-    printed = run_python(ROOT / "scripts" / "search.py", *TINY, "search.trials=1", f"hydra.run.dir={tmp_path}", folder=tmp_path)
-    assert printed.splitlines()[-1].startswith("python scripts/train.py data=quadratic")
-    assert [state for _, state, *_ in trials(tmp_path)] == ["COMPLETE"]
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, when: Callable[[NoisyQuadratic], bool]) -> None:

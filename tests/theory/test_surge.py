@@ -419,8 +419,7 @@ def test_critical_batch_size_fit_recovers_and_covers() -> None:
     for _ in range(1000):
         fit = fit_critical_batch_size(loss, exact * np.exp(0.3 * rng.standard_normal(10)))
         covered += [fit.coefficient.low <= 2e8 <= fit.coefficient.high, fit.alpha.low <= 0.21 <= fit.alpha.high]
-    # twenty in a thousand are three standard errors of a share of 95 percent
-    assert (abs(covered / grids - 0.95) <= 0.02 * math.sqrt(1000 / grids)).all(), covered
+    assert ((covered >= 930) & (covered <= 970)).all(), covered
 
 
 def test_critical_batch_size_fit_of_weak_or_wrong_data() -> None:
