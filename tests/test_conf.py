@@ -18,7 +18,11 @@ from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.experiment import make_constants, make_plan, make_trainer
 from lightning_bsl.theory import BoundConstants
 
+SMALL = [choice for choice in choices("experiment") if choice.endswith("_small")]
 
+
+@pytest.mark.quick(group=sorted({group for group, _ in CHOICES} - {"experiment"}))
+@pytest.mark.quick(choice=SMALL)
 @pytest.mark.parametrize("group, choice", CHOICES)
 def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_path: Path) -> None:
     if choice == "wandb":
@@ -58,8 +62,8 @@ def test_every_preset_takes_every_choice(scheduler: str, override: str) -> None:
     assert plan.samples == 14 * 1440
 
 
-@pytest.mark.quick(epochs=[1], data=["digits"])
-@pytest.mark.quick(epochs=[300], data=["cifar100"])
+@pytest.mark.quick(epochs=[1], data=["digits"], scheduler=PLANNED[::2])
+@pytest.mark.quick(epochs=[300], data=["cifar100"], scheduler=PLANNED[1::2])
 @pytest.mark.parametrize("epochs", [1, 6, 300])
 @pytest.mark.parametrize("scheduler", PLANNED)
 @pytest.mark.parametrize("data", ["digits", "cifar100"])

@@ -430,7 +430,7 @@ RESUMED = [
 ] + [("step", None, lambda: own(num_workers=2))]
 
 
-@pytest.mark.quick(on_epoch_end=[None, True])
+@pytest.mark.quick(on_epoch_end=[None])
 @pytest.mark.quick(name=["samples"])
 @pytest.mark.parametrize(("name", "on_epoch_end", "datamodule"), RESUMED)
 def test_resume_from_the_end_of_an_epoch(

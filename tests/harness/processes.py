@@ -7,6 +7,7 @@ processes at once. An exception in either, or a process that hangs, ends both: t
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -61,7 +62,7 @@ class Pair:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        code = f"import sys; sys.path[:] = {sys.path!r}; from harness.processes import serve; serve(int(sys.argv[1]))"
+        code = f"import gc, sys; gc.disable(); sys.path[:] = {sys.path!r}; from harness.processes import serve; serve()"
         for rank, log in enumerate(self.logs):
             ours, theirs = multiprocessing.Pipe()
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}  # Lightning starts no processes then
@@ -97,7 +98,7 @@ class Pair:
         self.processes, self.connections = [], []
 
 
-def serve(descriptor: int) -> None:
+def serve() -> None:
     """Answer requests until there are no more: the life of a process."""
     import torch
 
@@ -105,7 +106,7 @@ def serve(descriptor: int) -> None:
     # processes with gloo must not be forked: now and then a worker of a loader would hang
     multiprocessing.set_start_method("forkserver")
     multiprocessing.set_forkserver_preload(["torch"])
-    connection = Connection(descriptor)
+    connection = Connection(int(sys.argv[1]))
     while True:
         try:
             request = connection.recv_bytes()
@@ -114,6 +115,9 @@ def serve(descriptor: int) -> None:
         faulthandler.dump_traceback_later(TIMEOUT, exit=True)
         try:
             function, arguments, options = pickle.loads(request)
+            if not gc.isenabled():  # what is imported by now never dies
+                gc.freeze()
+                gc.enable()
             answer = True, function(*arguments, **options)
         except BaseException:
             answer = False, traceback.format_exc()

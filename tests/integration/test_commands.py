@@ -1,6 +1,6 @@
-"""Each command in a process of its own, as a user runs it: one after another in one process by default, each alone in the slow tier.
+"""The commands, outside of the tests' own process: one after another by default, each in a process of its own in the slow tier.
 
-To import torch and Lightning takes longer than the commands. `train.py` runs alone in test_scripts.py.
+To import torch and Lightning takes longer than they do. `train.py` runs alone in test_scripts.py.
 """
 
 from __future__ import annotations

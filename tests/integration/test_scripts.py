@@ -72,7 +72,7 @@ def test_first_command_learns_the_digits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overrides", [
-    ("scheduler=increasing_both", "trainer.max_epochs=6"),
+    ("scheduler=increasing_both", "trainer.max_epochs=4"),
     ("scheduler=increasing_decaying", "scheduler/lr=diminishing", "trainer.max_epochs=3"),
     ("scheduler=increasing_decaying", "scheduler/lr=polynomial", "scheduler/batch_size=polynomial", "trainer.max_epochs=4"),
     ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step",
@@ -94,7 +94,7 @@ needs_fashion_mnist = pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Deb
 @pytest.mark.parametrize(
     "images, overrides",
     [
-        pytest.param(15_000, (*NARROW, "scheduler.batch_size.start=64", "trainer.max_epochs=2"), id="part"),
+        pytest.param(10_000, (*NARROW, "scheduler.batch_size.start=64", "trainer.max_epochs=2"), id="part"),
         pytest.param(60_000, (*NARROW, "scheduler.batch_size.start=128", "trainer.max_epochs=2"), id="narrow",
                      marks=pytest.mark.slow),
         pytest.param(60_000, ("trainer.max_epochs=6",), id="whole", marks=pytest.mark.slow),
@@ -107,7 +107,7 @@ def test_real_fashion_mnist(images: int, overrides: tuple[str, ...], run: Run, t
         "trainer.enable_progress_bar=false", folder=tmp_path / "run")  # fmt: skip
     check_as_planned(tmp_path / "plan", tmp_path / "run", (*FASHION, *overrides), images)
     accuracies = [float(row["val/accuracy"]) for row in read(tmp_path / "run" / "metrics.csv") if row["val/accuracy"]]
-    assert max(accuracies) > (0.9 if "whole" in str(tmp_path) else 0.6)
+    assert max(accuracies) > (0.9 if "whole" in str(tmp_path) else 0.5)
 
 
 PYDOC = ("data=pydoc", "model=gpt_tiny", "scheduler=increasing_both", "trainer.enable_progress_bar=false")

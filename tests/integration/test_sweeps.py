@@ -42,9 +42,9 @@ def test_jobs_of_a_cluster_compose() -> None:
 
 def test_an_interrupted_sweep_goes_on(run: Run, tmp_path: Path) -> None:
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
-    overrides = ("-m", "data=quadratic", "seed=0,1,2", "scheduler=increasing", "data.num_examples=512",
-                 "scheduler.batch_size.start=32", "trainer.max_epochs=6", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=7",
-                 "~training_time")  # fmt: skip
+    overrides = ("-m", "data=quadratic", "data.num_examples=512", "seed=0,1,2", "scheduler=increasing",
+                 "scheduler.batch_size.start=32", "trainer.max_epochs=6", "trainer.enable_progress_bar=false",
+                 "trainer.log_every_n_steps=7", "~training_time")  # fmt: skip
 
     def prepare() -> None:
         def on_train_epoch_start(model: NoisyQuadratic) -> None:

@@ -36,7 +36,7 @@ def rows(path: Path, name: str) -> list[tuple[int, float]]:
 
 def test_case_iii_falls_by_gamma_a_stage_while_noise_dominates(run: Run, tmp_path: Path) -> None:
     """The noise floor of a stage is eta sigma^2 / b, so it falls by delta / gamma: by gamma at gamma = sqrt(delta)."""
-    every, stages = 120, 7
+    every, stages = 120, 6
     run(
         "train.py", "-m", "data=quadratic", "scheduler=optimal_growth", "seed=0,1", "data.dimension=40",
         f"data.num_examples={every * 8 * 2**stages}", "model.smoothness=0.4", "model.condition=1", "model.loss_gap=0.002",

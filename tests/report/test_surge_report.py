@@ -434,6 +434,7 @@ def test_fits_the_window_and_works(width: int, page: Path, tmp_path: Path) -> No
         assert steps == sorted(steps, reverse=reverse)
 
 
+@pytest.mark.slow  # test_page.py looks at the other page
 @needs_browser
 def test_it_is_to_be_seen(page: Path, tmp_path: Path) -> None:
     from PIL import Image
