@@ -1,6 +1,7 @@
 """Speed, against bounds: ``python scripts/benchmark.py data`` and so on; ``--help`` lists the subjects.
 
-Prints a table, then one line for each bound: ``NAME: ratio X, bound Y``.
+Prints a table, then one line for each bound: ``NAME: ratio X, bound Y``. With ``--toy`` everything is so small that it ends in
+seconds; its figures say nothing, but that the subject runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import struct
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -42,6 +43,8 @@ from lightning_bsl.schedules import Milestones
 from lightning_bsl.training import train as train_as_configured
 
 BATCH_SIZES = (128, 1024, 4096)
+TOY_BATCH_SIZES = (8, 32)
+TOY_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,9 @@ def data(arguments: argparse.Namespace) -> list[Bound]:
         ("fashion_mnist", FashionMNIST, arguments.fashion_mnist_root, _torchvision_fashion_mnist),
         ("cifar", CIFAR10, arguments.cifar10_root, _torchvision_cifar10),
     ):
-        images = _training_set(kind, root)
+        images = _training_set(kind, root, arguments.toy)
         theirs = torchvision_set(images)
-        for batch_size in BATCH_SIZES:
+        for batch_size in TOY_BATCH_SIZES if arguments.toy else BATCH_SIZES:
             candidates = {"ours": partial(_ours, _datamodule(kind, images, batch_size))}
             if shape == "fashion_mnist":
                 candidates["bare"] = partial(_bare, images, batch_size)
@@ -129,18 +132,19 @@ def data(arguments: argparse.Namespace) -> list[Bound]:
 _PIPELINES = ("ours", "bare", "torchvision 0", "torchvision 2")  # the figures: worker processes
 
 
-def _training_set(kind: type[ImageDataModule], root: str | None) -> ImageTensors:
-    """Return the real training set, or random bytes of the same shape."""
+def _training_set(kind: type[ImageDataModule], root: str | None, toy: bool = False) -> ImageTensors:
+    """Return the real training set, or random bytes of the same shape; a few images of it for a toy."""
     if root is not None:
-        return ImageTensors(*kind(root).read("train"))
-    shape = (kind.train_size, kind.in_channels, kind.image_size, kind.image_size)
+        images, labels = kind(root).read("train")
+        return ImageTensors(images[:TOY_IMAGES], labels[:TOY_IMAGES]) if toy else ImageTensors(images, labels)
+    shape = (TOY_IMAGES if toy else kind.train_size, kind.in_channels, kind.image_size, kind.image_size)
     images = torch.randint(256, shape, dtype=torch.uint8)
     return ImageTensors(images, torch.randint(kind.num_classes, shape[:1]))
 
 
 def _datamodule(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
     datamodule = _datamodule_of(kind, images, batch_size)
-    trainer: Any = SimpleNamespace(training=True, current_epoch=0, global_rank=0, world_size=1, overfit_batches=0)
+    trainer: Any = SimpleNamespace(training=True, current_epoch=0, distributed_sampler_kwargs=None, overfit_batches=0)
     datamodule.trainer = trainer  # all that the DataModule asks of one
     return datamodule
 
@@ -197,7 +201,9 @@ def _torchvision_cifar10(images: ImageTensors) -> Dataset[Any]:
 
 
 def _torchvision_loader(theirs: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
-    part = Subset(theirs, range(max(4096, workers * batch_size)))  # slow; and each worker needs a batch
+    part = Subset(
+        theirs, range(min(len(cast(Sized, theirs)), max(4096, workers * batch_size)))
+    )  # slow; each worker needs a batch
     # Persistent workers: an epoch starts them once, this measurement must not do so for a few batches.
     return DataLoader(part, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
@@ -237,8 +243,11 @@ class _Switch(Callback):
 def callback(arguments: argparse.Namespace) -> list[Bound]:
     """Compare steps with and without the callback, at a constant batch and rate."""
     rows, bounds = [], []
-    for kind, batch_size, block, blocks in ((FashionMNIST, 128, 10, 20), (Digits, 8, 50, 40)):
-        datamodule = _datamodule_of(kind, _training_set(kind, None), batch_size)
+    subjects = (
+        ((FashionMNIST, 8, 2, 2), (Digits, 8, 2, 2)) if arguments.toy else ((FashionMNIST, 128, 10, 20), (Digits, 8, 50, 40))
+    )
+    for kind, batch_size, block, blocks in subjects:
+        datamodule = _datamodule_of(kind, _training_set(kind, None, arguments.toy), batch_size)
         scheduler = BatchLRScheduler(batch_size, 0.1)
         with_it, without = _seconds_per_block(datamodule, block, blocks * arguments.rounds, scheduler)
         ratio = median(one / other for one, other in zip(with_it, without, strict=True))
@@ -302,12 +311,12 @@ class _Gaps(Callback):
 class _Reloading(LightningDataModule):
     """As one writes it by hand: the Trainer asks for the loader of every epoch anew."""
 
-    def __init__(self, images: ImageTensors) -> None:
+    def __init__(self, images: ImageTensors, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.images = images
+        self.images, self.sizes = images, sizes
 
     def train_dataloader(self) -> DataLoader[Any]:
-        size = _SIZES[self.trainer.current_epoch] if self.trainer else _SIZES[0]
+        size = self.sizes[self.trainer.current_epoch] if self.trainer else self.sizes[0]
         collate: Any = identity
         return DataLoader(self.images, size, shuffle=True, num_workers=2, persistent_workers=True, collate_fn=collate)
 
@@ -315,19 +324,18 @@ class _Reloading(LightningDataModule):
         return batch[0] / 255, batch[1]
 
 
-_SIZES = (64, 128, 256, 512, 1024, 2048)  # they divide the examples of an epoch, so that there are no short batches
-
-
 def switch(arguments: argparse.Namespace) -> list[Bound]:
     """Compare the pause with that of a new loader, where the batch grows between epochs and inside of them."""
-    images = ImageTensors(torch.randint(256, (4096, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (4096,)))
-    stages = range(1, len(_SIZES))
+    # they divide the examples of an epoch, so that there are no short batches
+    sizes = (8, 16, 32) if arguments.toy else (64, 128, 256, 512, 1024, 2048)
+    images = _random_images(arguments.toy)
+    stages = range(1, len(sizes))
     schedules = {
-        "epoch_end": Milestones(_SIZES, at=list(stages)),
-        "inside_epoch": Milestones(_SIZES, at=[(2 * stage - 1) * len(images) // 2 for stage in stages], unit="samples"),
+        "epoch_end": Milestones(sizes, at=list(stages)),
+        "inside_epoch": Milestones(sizes, at=[(2 * stage - 1) * len(images) // 2 for stage in stages], unit="samples"),
     }
     candidates = {name: partial(_gaps_of_ours, images, schedule) for name, schedule in schedules.items()}
-    candidates["new loader"] = partial(_gaps_of_theirs, images)
+    candidates["new loader"] = partial(_gaps_of_theirs, images, sizes)
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(arguments.rounds):
         for name, candidate in candidates.items():
@@ -338,21 +346,26 @@ def switch(arguments: argparse.Namespace) -> list[Bound]:
     return [Bound(f"switch/{name}", median(map(truediv, ours, theirs)), 0.25) for name, ours in found.items()]
 
 
+def _random_images(toy: bool) -> ImageTensors:
+    number = TOY_IMAGES if toy else 4096
+    return ImageTensors(torch.randint(256, (number, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (number,)))
+
+
 def _gaps_of_ours(images: ImageTensors, schedule: Milestones) -> list[float]:
-    datamodule = _datamodule_of(FashionMNIST, images, _SIZES[0])
+    datamodule = _datamodule_of(FashionMNIST, images, int(schedule.values[0]))
     datamodule.num_workers = 2
-    return _gaps(datamodule, callbacks=[BatchLRScheduler(schedule)])
+    return _gaps(datamodule, len(schedule.values), callbacks=[BatchLRScheduler(schedule)])
 
 
-def _gaps_of_theirs(images: ImageTensors) -> list[float]:
-    return _gaps(_Reloading(images), callbacks=[], reload_dataloaders_every_n_epochs=1)
+def _gaps_of_theirs(images: ImageTensors, sizes: Sequence[int]) -> list[float]:
+    return _gaps(_Reloading(images, sizes), len(sizes), callbacks=[], reload_dataloaders_every_n_epochs=1)
 
 
-def _gaps(datamodule: LightningDataModule, callbacks: list[Callback], **options: Any) -> list[float]:
+def _gaps(datamodule: LightningDataModule, epochs: int, callbacks: list[Callback], **options: Any) -> list[float]:
     gaps = _Gaps()
     Trainer(
         accelerator="cpu",
-        max_epochs=len(_SIZES),
+        max_epochs=epochs,
         limit_val_batches=0,
         callbacks=[gaps, *callbacks],
         logger=False,
@@ -369,11 +382,12 @@ def _gaps(datamodule: LightningDataModule, callbacks: list[Callback], **options:
 
 def noise_scale(arguments: argparse.Namespace) -> list[Bound]:
     """Compare steps of two micro-batches with and without the callback, at its default settings but for the passes."""
-    block, batch_size = 10, 128  # one measurement in each block
-    datamodule = _datamodule_of(FashionMNIST, _training_set(FashionMNIST, None), batch_size)
+    block, batch_size = 10, 8 if arguments.toy else 128  # one measurement in each block
+    blocks = (2 if arguments.toy else 20) * arguments.rounds
+    datamodule = _datamodule_of(FashionMNIST, _training_set(FashionMNIST, None, arguments.toy), batch_size)
     scheduler = BatchLRScheduler(batch_size, 0.1, max_device_batch_size=batch_size // 2)
     measuring = GradientNoiseScale(extra_every=None)
-    with_it, without = _seconds_per_block(datamodule, block, 20 * arguments.rounds, measuring, scheduler)
+    with_it, without = _seconds_per_block(datamodule, block, blocks, measuring, scheduler)
     ratio = median(one / other for one, other in zip(with_it, without, strict=True))
     print(
         "milliseconds per training step of two micro-batches, medians; the ratio is the median of those of neighbouring blocks"
@@ -388,8 +402,8 @@ def noise_scale(arguments: argparse.Namespace) -> list[Bound]:
 
 def gradient_norm(arguments: argparse.Namespace) -> list[Bound]:
     """Compare FullGradientNorm with a bare loop, and a pass through torchvision's data set with it."""
-    images = ImageTensors(torch.randint(256, (4096, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (4096,)))
-    batch_size = 1024
+    images = _random_images(arguments.toy)
+    batch_size = 32 if arguments.toy else 1024
     measuring = _Measuring(FullGradientNorm(every=10**9, batch_size=batch_size))
     rows, bounds = [], []
 
@@ -414,7 +428,7 @@ def gradient_norm(arguments: argparse.Namespace) -> list[Bound]:
         bounds.append(Bound("gradient_norm/fashion_mnist/torchvision_over_ours", found["ours"] / found["torchvision"], 3))
 
     measuring.compare = compare
-    datamodule = _datamodule_of(FashionMNIST, images, 128)
+    datamodule = _datamodule_of(FashionMNIST, images, 32 if arguments.toy else 128)
     torch.manual_seed(0)
     Trainer(
         accelerator="cpu",
@@ -471,10 +485,12 @@ def _augmenting_loader(images: ImageTensors, batch_size: int) -> DataLoader[Any]
 
 def train(arguments: argparse.Namespace) -> list[Bound]:
     """Compare runs with a batch that doubles every epoch and a full gradient norm after each; nothing is validated."""
-    images = _training_set(FashionMNIST, arguments.fashion_mnist_root)
+    if arguments.toy:
+        arguments.images, arguments.epochs, arguments.width = TOY_IMAGES, 2, 2
+    images = _training_set(FashionMNIST, arguments.fashion_mnist_root, arguments.toy)
     images = ImageTensors(images.images[: arguments.images], images.labels[: arguments.images])
     device = torch.device("cuda" if arguments.gpu else "cpu")
-    sizes = [128 * 2**epoch for epoch in range(arguments.epochs)]
+    sizes = [(8 if arguments.toy else 128) * 2**epoch for epoch in range(arguments.epochs)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_fashion_mnist(images, folder)
@@ -554,8 +570,11 @@ def _train_epoch(net: torch.nn.Module, optimizer: torch.optim.Optimizer, batches
 def population(arguments: argparse.Namespace) -> list[Bound]:
     """Compare steps of a whole grid search in one process; starting and ending the runs is counted in both."""
     rows, bounds = [], []
-    images = _training_set(FashionMNIST, arguments.fashion_mnist_root)
+    if arguments.toy:
+        arguments.replicas, arguments.width = 2, 2
+    images = _training_set(FashionMNIST, arguments.fashion_mnist_root, arguments.toy)
     for batch_size, steps, bound in ((1, 100, 200 if arguments.gpu else 10), (12, 50, 3)):
+        steps = 5 if arguments.toy else steps
         data = _datamodule_of(FashionMNIST, images, batch_size)
         device = torch.device("cuda" if arguments.gpu else "cpu")
         most = fitting(_adam_model(arguments.width), data, batch_size, device)
@@ -590,6 +609,7 @@ def _train_together(data: ImageDataModule, arguments: argparse.Namespace, batch_
         targets=[1e-9],  # not to be reached
         max_examples=steps * batch_size,
         replicas_per_pass=replicas,
+        probe=min(len(cast(Sized, data.train_set)), 100),
     )
     accelerator = "gpu" if arguments.gpu else "cpu"
 
@@ -608,47 +628,55 @@ def _train_alone(data: ImageDataModule, arguments: argparse.Namespace, steps: in
     return steps
 
 
-def main() -> None:
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return number
+
+
+def _add_common(parser: argparse.ArgumentParser, rounds: Any, toy: Any) -> None:
+    """What may stand before the subject or after it."""
+    parser.add_argument("--rounds", type=_positive, default=rounds, help="measurements of each candidate; 5 by default")
+    parser.add_argument("--toy", action="store_true", default=toy, help="as small as can be, to see whether it runs")
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
     """Run the subject named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each candidate")
-    subjects = parser.add_subparsers(required=True)
+    _add_common(parser, rounds=5, toy=False)
+    subjects = parser.add_subparsers(required=True, metavar="SUBJECT")
 
-    subject = subjects.add_parser("data", help="the image pipelines")
+    def add(name: str, run: Callable[[argparse.Namespace], list[Bound]], about: str) -> argparse.ArgumentParser:
+        subject = subjects.add_parser(name, help=about)
+        _add_common(subject, rounds=argparse.SUPPRESS, toy=argparse.SUPPRESS)  # what was said before it holds
+        subject.set_defaults(run=run)
+        return subject
+
+    subject = add("data", data, "the image pipelines")
     subject.add_argument("--fashion-mnist-root", help="folder of the real Fashion-MNIST; random images by default")
     subject.add_argument("--cifar10-root", help="folder of the real CIFAR-10; random images by default")
-    subject.set_defaults(run=data)
 
-    subject = subjects.add_parser("callback", help="training steps with BatchLRScheduler and without")
-    subject.set_defaults(run=callback)
+    add("callback", callback, "training steps with BatchLRScheduler and without")
+    add("switch", switch, "the pause in which the batch size changes, with two worker processes")
+    add("noise_scale", noise_scale, "training steps in micro-batches with GradientNoiseScale and without")
+    add("gradient_norm", gradient_norm, "the time of a full gradient norm")
 
-    subject = subjects.add_parser("switch", help="the pause in which the batch size changes, with two worker processes")
-    subject.set_defaults(run=switch)
-
-    subject = subjects.add_parser("noise_scale", help="training steps in micro-batches with GradientNoiseScale and without")
-    subject.set_defaults(run=noise_scale)
-
-    subject = subjects.add_parser("gradient_norm", help="the time of a full gradient norm")
-    subject.set_defaults(run=gradient_norm)
-
-    subject = subjects.add_parser("train", help="whole runs, against the papers' way and the arithmetic alone")
+    subject = add("train", train, "whole runs, against the papers' way and the arithmetic alone")
     subject.add_argument("--fashion-mnist-root", help="folder of the real Fashion-MNIST; random images by default")
     subject.add_argument("--images", type=int, default=6000, help="so many images of the set")
     subject.add_argument("--epochs", type=int, default=4)
     subject.add_argument("--width", type=int, default=40, help="of cnn5; with 4 a CPU has little arithmetic to do")
     subject.add_argument("--gpu", action="store_true", help="train on a GPU")
-    subject.set_defaults(run=train)
 
-    subject = subjects.add_parser("population", help="many replicas at once against one by one, at batch sizes 1 and 12")
+    subject = add("population", population, "many replicas at once against one by one, at batch sizes 1 and 12")
     subject.add_argument("--fashion-mnist-root", help="folder of the real Fashion-MNIST; random images by default")
     subject.add_argument("--replicas", type=int, default=100, help="at most, and no more than fit; 1000 on a GPU")
     subject.add_argument("--width", type=int, default=40, help="of cnn5; with 8 there is little arithmetic to do")
     subject.add_argument("--gpu", action="store_true", help="train on a GPU")
-    subject.set_defaults(run=population)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     for bound in arguments.run(arguments):
         print(bound)
 

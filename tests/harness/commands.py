@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -38,10 +40,15 @@ class Run(Protocol):
 def run_script(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> object:
     """Run a script with arguments, in this process; returns what it exits with."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
     try:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        with warnings.catch_warnings():
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
     except SystemExit as end:  # Hydra's way to say that the job failed, and argparse's
         return end.code
+    finally:
+        logger.setLevel(level)
     return 0
 
 
