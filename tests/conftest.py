@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,11 +40,17 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs the two processes shares them; the cases that are not quick are slow; formulas come first."""
+    checked: set[object] = set()
     for item in items:
         if "pair" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("processes"))
-        if (quick := [mark.kwargs for mark in item.iter_markers("quick")]) and not any(map(partial(_is_one_of, item), quick)):
-            item.add_marker(pytest.mark.slow)
+        if quick := [mark.kwargs for mark in item.iter_markers("quick")]:
+            if (function := getattr(item, "function", None)) not in checked:
+                checked.add(function)
+                for cases in quick:
+                    _check(item, cases)
+            if not any(_is_one_of(item, cases) for cases in quick):
+                item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
 
 
@@ -58,7 +63,23 @@ def pytest_collection_finish() -> None:
 def _is_one_of(item: pytest.Item, cases: dict[str, list[object]]) -> bool:
     """Whether each parameter that ``cases`` names has one of the values given there."""
     values = item.callspec.params  # type: ignore[attr-defined]
-    return all(any(values[name] is each or values[name] == each for each in given) for name, given in cases.items())
+    return all(values[name] in given for name, given in cases.items())
+
+
+def _check(item: pytest.Item, quick: dict[str, list[object]]) -> None:
+    """Refuse a quick case that there is not: it would leave a test to the slow tier without a word."""
+    there: dict[str, list[object]] = {}
+    for mark in item.iter_markers("parametrize"):
+        names, rows = mark.args
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        for row in rows:
+            values = row.values if hasattr(row, "marks") else [row] if len(names) == 1 else row
+            for name, value in zip(names, values, strict=True):
+                there.setdefault(name, []).append(value)
+    for name, values in quick.items():
+        for value in values:
+            if value not in there.get(name, ()):
+                raise pytest.UsageError(f"{item.nodeid}: quick({name}=[{value!r}]) is no case of the test")
 
 
 @pytest.fixture(autouse=True, scope="session")
