@@ -79,7 +79,7 @@ def test_the_pair_says_what_failed_and_starts_anew(tmp_path: Path) -> None:
         assert pair(rank) == [0, 1]
         first = [process.pid for process in pair.processes]
         assert pair(rank) == [0, 1] and [process.pid for process in pair.processes] == first
-        with pytest.raises(RemoteError, match="(?s)fail_in.*ValueError: not here"):
+        with pytest.raises(RemoteError, match=r"(?s)fail_in.*ValueError: not here"):
             pair(fail_in, 1)
         with pytest.raises(RemoteError, match="a process ended"):
             pair(end)
