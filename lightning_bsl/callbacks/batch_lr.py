@@ -158,7 +158,7 @@ class BatchLRScheduler(Callback):
         self._factor = 1.0
         self._scales = False  # whether a scaling rule multiplies what the module's own scheduler sets
         self._hooks: list[RemovableHandle] = []
-        self._unscaled: dict[int, list[Any]] = {}  # the module's rates while an optimizer takes its step
+        self._unscaled: dict[int, list[float]] = {}  # the module's rates while an optimizer takes its step
         self._step_rng: dict[str, Any] | None = None  # at the start of the step that is under way
         self._step_buffers: dict[str, Tensor] = {}  # the same, where a step is split
         self._restored_rng: dict[str, Any] | None = None
@@ -381,7 +381,7 @@ class BatchLRScheduler(Callback):
         elif self._own is not None:
             trainer.accumulate_grad_batches = 1
         if (self.schedule.lr is None or self._scales) and (groups := _groups(trainer)):
-            self._lr = groups[0]["lr"] * self._factor  # a scheduler of the module changes it before the step is logged
+            self._lr = float(groups[0]["lr"]) * self._factor  # a scheduler of the module changes it before the step is logged
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
@@ -509,7 +509,7 @@ class BatchLRScheduler(Callback):
             self._factor = self.schedule.lr.factor(batch_size) if self._scales else 1.0
         if setting.lr is not None and not self._scales and not over:  # a run resumed after its last step keeps that one's rate
             for group, ratio in zip(_groups(trainer), self._ratios):
-                group["lr"] = setting.lr * ratio
+                _set_lr(group, setting.lr * ratio)
         self._setting = setting
         steps, every_step = self.schedule.lr_steps_to_change(self._progress, batch_size)
         if self._own is not None:
@@ -601,13 +601,13 @@ class BatchLRScheduler(Callback):
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
         """Multiply the module's learning rates for the length of an optimizer step: schedulers chain them from step to step."""
-        self._unscaled[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
+        self._unscaled[id(optimizer)] = [float(group["lr"]) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self._factor
+            _set_lr(group, float(group["lr"]) * self._factor)
 
     def _unscale(self, optimizer: Optimizer, *_: Any) -> None:
         for group, lr in zip(optimizer.param_groups, self._unscaled.pop(id(optimizer), ())):
-            group["lr"] = lr
+            _set_lr(group, lr)
 
     def _restore_rng(self, trainer: Trainer) -> None:
         if self._restored_rng is not None:
@@ -644,3 +644,11 @@ class BatchLRScheduler(Callback):
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
+def _set_lr(group: dict[str, Any], lr: float) -> None:
+    """Set a rate; one that is a tensor stays that tensor, which compiled and captured steps read."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr

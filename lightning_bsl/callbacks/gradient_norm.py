@@ -140,7 +140,8 @@ class FullGradientNorm(Callback):
             for total in (*totals, loss_total):
                 torch.distributed.all_reduce(total)
         examples = self.subset or len(cast(Sized, self._training_set(trainer).dataset))
-        norm = torch.linalg.vector_norm(torch.stack([each.double().cpu() for each in torch._foreach_norm(totals)]))
+        # there is no float64 on Apple GPUs
+        norm = torch.linalg.vector_norm(torch.stack([each.cpu().double() for each in torch._foreach_norm(totals)]))
         return FullGradient(norm.item() / examples, loss_total.item() / examples)
 
     def _add(

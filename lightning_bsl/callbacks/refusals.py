@@ -51,7 +51,8 @@ def _refuse_company(trainer: Trainer, schedule: JointSchedule) -> None:
         )
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
-            "DeepSpeed fixes the batch size in its own configuration, so it cannot grow; use `strategy='ddp'`"
+            "DeepSpeed's engine divides the loss and takes its steps by numbers of its own, which BatchLRScheduler does not "
+            "set; use `strategy='ddp'`"
         )
 
 

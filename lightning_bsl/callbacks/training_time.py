@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -75,8 +74,8 @@ class TrainingTime(Callback):
         self.on_train_end(trainer, pl_module)
 
     def _log(self, pl_module: LightningModule, on_step: bool) -> None:
-        value = torch.tensor(self.seconds, dtype=torch.float64)
         # of all processes the longest; only at the end of an epoch, as steps do not wait for each other
+        # a number, which Lightning puts on the module's device: NCCL does not reduce a CPU tensor
         pl_module.log(
-            "seconds", value, on_step=on_step, on_epoch=not on_step, reduce_fx="max", batch_size=1, sync_dist=not on_step
+            "seconds", self.seconds, on_step=on_step, on_epoch=not on_step, reduce_fx="max", batch_size=1, sync_dist=not on_step
         )

@@ -143,6 +143,47 @@ def test_the_monitor_shows_the_modules_own_rate(tmp_path: Path) -> None:
     assert {row["lr-SGD"] for row in rows} == {0.05, 0.025, 0.0125}
 
 
+MADE: dict[str, Callable[[Any, Any], Optimizer]] = {
+    "SGD": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "Adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, foreach=False),
+}
+
+
+class WithTensor(Regression):
+    """Its rates are tensors, as those of compiled and captured steps are; or not, to compare with."""
+
+    def __init__(self, name: str, tensors: bool, scheduler: bool) -> None:
+        super().__init__()
+        self.name, self.tensors, self.scheduler = name, tensors, scheduler
+        self.given: list[Any] = []
+        self.same: list[bool] = []  # in each step
+
+    def configure_optimizers(self) -> Any:
+        layers = [list(layer.parameters()) for layer in (self.net[0], self.net[-1])]
+        self.given = [torch.tensor(lr, dtype=torch.float64) if self.tensors else lr for lr in (0.05, 0.0125)]
+        groups = [{"params": layer, "lr": lr} for layer, lr in zip(layers, self.given)]
+        optimizer = MADE[self.name](groups, 0.05)
+        optimizer.register_step_post_hook(
+            lambda *_: self.same.append(all(group["lr"] is lr for group, lr in zip(optimizer.param_groups, self.given)))
+        )
+        return [optimizer], [lr_scheduler.StepLR(optimizer, 1, gamma=0.5)] if self.scheduler else []
+
+
+@pytest.mark.parametrize("scheduler", [False, True])
+@pytest.mark.parametrize("name", MADE)
+def test_rates_that_are_tensors_stay_the_same_tensors(name: str, scheduler: bool) -> None:
+    lr = SqrtScaling(1, base_batch_size=7) if scheduler else Exponential(0.05, 0.9, every=2, unit="step")
+    models = [WithTensor(name, tensors, scheduler) for tensors in (True, False)]
+    for model in models:
+        fit(model, own(DATA), BatchLRScheduler(GROWING, lr))
+    tensors, floats = models
+    groups = tensors.trainer.optimizers[0].param_groups
+    assert tensors.same and all(tensors.same)
+    assert all(group["lr"] is lr for group, lr in zip(groups, tensors.given, strict=True))
+    assert [float(group["lr"]) for group in groups] == [group["lr"] for group in floats.trainer.optimizers[0].param_groups]
+    assert equal(tensors, floats)
+
+
 class OneCycle(Regression):
     """Asks how many steps there will be."""
 

@@ -164,6 +164,25 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     assert values["full_gradient_norm"].item() == pytest.approx(expected.values[-1][0], rel=1e-5)
 
 
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+
+        def cpu(self) -> Tensor:
+            return self.value
+
+        def double(self) -> Tensor:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    norms = torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda tensors: [OnDevice(norm) for norm in norms(tensors)])
+    expected = References()
+    model = fit(FullGradientNorm(batch_size=50), expected, enable_checkpointing=True)
+    found = model.trainer.callback_metrics["full_gradient_norm"].item()
+    assert found == pytest.approx(expected.values[-1][0], rel=1e-5)
+
+
 def test_images_are_not_augmented() -> None:
     class Images(CIFAR10):
         def prepare_data(self) -> None:

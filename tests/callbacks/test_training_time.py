@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from harness import fits
 from harness.clock import Clock, Ticks
+from harness.data import own, regression
 from harness.fits import quiet
-from lightning_bsl import BatchLRScheduler, TrainingTime
+from harness.modules import Recorder, Stateful
+from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale, TrainingTime
 from lightning_bsl.data import QuadraticNoise
 from lightning_bsl.models import NoisyQuadratic
 from lightning_bsl.report import read_metrics
@@ -67,6 +70,31 @@ def test_an_interrupted_fit_stops_the_clock(tmp_path: Path, clock: Clock) -> Non
         fit(tmp_path, 3, clock, time, Stop())
     clock.now += 100
     assert time.seconds == 14  # two whole epochs
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+def test_what_processes_reduce_is_a_number(unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all our callbacks: Lightning reduces a tensor on the device on which it lies, and NCCL knows no CPU."""
+    reduced: dict[str, list[Any]] = {}
+    log = Recorder.log
+
+    def spy(module: Recorder, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        if options.get("sync_dist"):
+            reduced.setdefault(name, []).append(value)
+        log(module, name, value, *arguments, **options)
+
+    monkeypatch.setattr(Recorder, "log", spy)
+    callbacks = [
+        TrainingTime(),
+        GradientNoiseScale(every=1, extra_every=1),
+        FullGradientNorm(unit=unit),
+        BatchLRScheduler(8, 0.1),
+    ]
+    logger = CSVLogger(tmp_path, name="", version="")
+    fits.fit(Stateful(), own(regression(30, 6, torch.float32)), *callbacks, logger=logger, log_every_n_steps=2)
+    assert {"seconds", "gradient_variance"} <= reduced.keys()
+    for name, values in reduced.items():
+        assert {type(value) for value in values} <= {int, float}, name
 
 
 def test_a_checkpoint_that_is_only_validated_is_not_ours(tmp_path: Path) -> None:
