@@ -94,7 +94,7 @@ class BatchLRScheduler(Callback):
     boundaries, and the learning rate at every step.
 
     The batch size is that of one optimizer step, over all processes and accumulated batches. Learning rates are set in
-    every param group; groups keep the ratio to the first one that ``configure_optimizers`` gave them. Logs
+    every param group; groups keep the ratio to the first one that they are added with. Logs
     ``batch_size``, ``lr`` (of the first group) and ``samples`` (examples consumed so far); ``tokens`` too where the
     DataModule has an attribute ``tokens_per_sample``.
 
@@ -154,7 +154,7 @@ class BatchLRScheduler(Callback):
         self._part = 0  # the index of the current one
         self._weight = 1.0  # of its loss in the step's mean
         self._ceiling = MemoryCeiling() if max_device_batch_size == "auto" else None
-        self._ratios: list[float] = []
+        self._ratios: list[list[float]] = []  # of each optimizer's param groups to the first of all
         self._factor = 1.0
         self._scales = False  # whether a scaling rule multiplies what the module's own scheduler sets
         self._hooks: list[RemovableHandle] = []
@@ -314,13 +314,13 @@ class BatchLRScheduler(Callback):
                     optimizer.register_step_post_hook(self._unscale),
                 ]
         elif self.schedule.lr is not None:
-            rates = [float(group["lr"]) for group in _groups(trainer)]
-            if not rates[0] > 0:
+            if (groups := _groups(trainer)) and not groups[0]["lr"] > 0:
                 raise MisconfigurationException(
-                    f"the optimizer's first param group has lr={rates[0]}, so the other groups have no ratio to it; give it "
-                    "a learning rate above 0"
+                    f"the optimizer's first param group has lr={float(groups[0]['lr'])}, so the other groups have no ratio to "
+                    "it; give it a learning rate above 0"
                 )
-            self._ratios = [rate / rates[0] for rate in rates]
+            self._ratios = [[] for _ in trainer.optimizers]
+            self._note_ratios(trainer)
         self._restore_rng(trainer)  # once more, as the model may have drawn since; FSDP reads the checkpoint after this
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -508,13 +508,21 @@ class BatchLRScheduler(Callback):
         if isinstance(self.schedule.lr, ScalingRule):
             self._factor = self.schedule.lr.factor(batch_size) if self._scales else 1.0
         if setting.lr is not None and not self._scales and not over:  # a run resumed after its last step keeps that one's rate
-            for group, ratio in zip(_groups(trainer), self._ratios):
-                _set_lr(group, setting.lr * ratio)
+            self._note_ratios(trainer)
+            for optimizer, ratios in zip(trainer.optimizers, self._ratios):
+                for group, ratio in zip(optimizer.param_groups, ratios):
+                    _set_lr(group, setting.lr * ratio)
         self._setting = setting
         steps, every_step = self.schedule.lr_steps_to_change(self._progress, batch_size)
         if self._own is not None:
             steps = min(steps, self.schedule.batch_steps_to_change(self._progress, batch_size))
         self._settled_until = self._progress.step + (1 if every_step else steps)
+
+    def _note_ratios(self, trainer: Trainer) -> None:
+        """Note the ratio of each param group that is new to the first one: groups may be added while the model trains."""
+        for optimizer, ratios in zip(trainer.optimizers, self._ratios):
+            for group in optimizer.param_groups[len(ratios) :]:
+                ratios.append(float(group["lr"]) / float(_groups(trainer)[0]["lr"]))
 
     def _set_foreign(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set ``batch_size`` where the loader is made: there it counts one process and one accumulated batch."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
@@ -182,6 +182,87 @@ def test_rates_that_are_tensors_stay_the_same_tensors(name: str, scheduler: bool
     assert all(group["lr"] is lr for group, lr in zip(groups, tensors.given, strict=True))
     assert [float(group["lr"]) for group in groups] == [group["lr"] for group in floats.trainer.optimizers[0].param_groups]
     assert equal(tensors, floats)
+
+
+class Adds(Callback):
+    """Adds a param group with 0.1 of the first one's rate, as Lightning's BaseFinetuning does."""
+
+    def __init__(self, epoch: int, step: int | None = None) -> None:
+        self.epoch, self.step = epoch, step
+
+    def add(self, trainer: Trainer, pl_module: Regression) -> None:
+        optimizer = trainer.optimizers[0]
+        if len(optimizer.param_groups) == 1:
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.add_param_group({"params": list(pl_module.net[-1].parameters()), "lr": 0.1 * lr})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Regression) -> None:
+        if trainer.ckpt_path:  # the optimizer's state that is restored next has both
+            self.add(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Regression) -> None:
+        if self.step is None and trainer.current_epoch == self.epoch:
+            self.add(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Regression, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.add(trainer, pl_module)
+
+
+class Unfreezing(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = lambda parameters: torch.optim.SGD(parameters[:2], lr=0.3)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_param_group_that_is_added(first: bool, tmp_path: Path) -> None:
+    def go(**arguments: Any) -> Unfreezing:
+        callbacks = [BatchLRScheduler(31, Exponential(1.0, 0.5, every=1)), Adds(epoch=1)]
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fit(model := Unfreezing(), own(DATA), *callbacks[:: -1 if first else 1], saver, enable_checkpointing=True, **arguments)
+        return model
+
+    whole = go()
+    assert [batch.lrs for batch in whole.journal] == [(1.0,)] * 2 + [(0.5, 0.05)] * 2 + [(0.25, pytest.approx(0.025))] * 2
+    for step in (3, 4, 5):
+        resumed = go(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.journal == whole.journal[step:]
+        assert equal(resumed, whole)
+
+
+def test_a_param_group_that_is_added_inside_an_epoch() -> None:
+    scheduler = BatchLRScheduler(10, Exponential(1.0, 0.5, every=2, unit="step"))
+    fit(model := Unfreezing(), own(DATA), scheduler, Adds(epoch=0, step=3), max_epochs=1)
+    rates = [0.5 ** (step // 2) for step in range(7)]
+    assert [batch.lrs for batch in model.journal] == [
+        (lr,) if step < 3 else (lr, pytest.approx(0.1 * lr)) for step, lr in enumerate(rates)
+    ]
+
+
+def test_a_param_group_that_is_added_to_the_first_of_two_optimizers() -> None:
+    class Manual(Unfreezing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.other = nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = super().training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss + self.other.square().sum())
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return super().configure_optimizers(), torch.optim.SGD([self.other], lr=0.6)
+
+    scheduler = BatchLRScheduler(31, Exponential(1.0, 0.5, every=1))
+    fit(model := Manual(), own(DATA), Adds(epoch=1), scheduler)
+    assert [batch.lrs for batch in model.journal[::2]] == [
+        pytest.approx((1.0, 2.0)), pytest.approx((0.5, 0.05, 1.0)), pytest.approx((0.25, 0.025, 0.5))
+    ]  # fmt: skip
 
 
 class OneCycle(Regression):
