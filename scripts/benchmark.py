@@ -43,7 +43,7 @@ from lightning_bsl.schedules import Milestones
 from lightning_bsl.training import train as train_as_configured
 
 BATCH_SIZES = (128, 1024, 4096)
-TOY_BATCH_SIZES = (8, 32)
+TOY_BATCH_SIZES = (16,)
 TOY_IMAGES = 64
 
 

@@ -10,8 +10,7 @@ import pytest
 from harness.commands import run_script
 
 BOUNDS = {
-    "data": ["fashion_mnist/8/vs_torchvision", "fashion_mnist/8/vs_bare", "fashion_mnist/32/vs_torchvision",
-             "fashion_mnist/32/vs_bare", "cifar/8/vs_torchvision", "cifar/32/vs_torchvision"],
+    "data": ["fashion_mnist/16/vs_torchvision", "fashion_mnist/16/vs_bare", "cifar/16/vs_torchvision"],
     "callback": ["FashionMNIST/8", "Digits/8"],
     "switch": ["epoch_end", "inside_epoch"],
     "noise_scale": ["FashionMNIST/8"],
