@@ -18,8 +18,8 @@ from harness.processes import Pair
 if TYPE_CHECKING:
     from harness.clock import Clock
 
-# The models are tiny: a second thread would cost more than it gives, and threads that wait for a core taken by another process
-# cost seconds. Read where NumPy, SciPy and torch are imported; inherited by all processes that the tests start.
+# The models are tiny: a second thread would cost more than it gives, and a fork of a process with OpenMP's threads hangs at its
+# first parallel loop. Read where NumPy, SciPy and torch are imported; inherited by all processes that the tests start.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 # Half a million objects are made by imports and never die: for the collector to walk them takes 0.4 s each time.
