@@ -201,9 +201,8 @@ def _torchvision_cifar10(images: ImageTensors) -> Dataset[Any]:
 
 
 def _torchvision_loader(theirs: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
-    part = Subset(
-        theirs, range(min(len(cast(Sized, theirs)), max(4096, workers * batch_size)))
-    )  # slow; each worker needs a batch
+    number = min(len(cast(Sized, theirs)), max(4096, workers * batch_size))  # slow; and each worker needs a batch
+    part = Subset(theirs, range(number))
     # Persistent workers: an epoch starts them once, this measurement must not do so for a few batches.
     return DataLoader(part, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
@@ -640,7 +639,7 @@ def _add_common(parser: argparse.ArgumentParser, rounds: Any, toy: Any) -> None:
     parser.add_argument("--toy", action="store_true", default=toy, help="as small as can be, to see whether it runs")
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the subject named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_common(parser, rounds=5, toy=False)
@@ -676,7 +675,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    arguments = parser.parse_args(command_line)
+    arguments = parser.parse_args()
     for bound in arguments.run(arguments):
         print(bound)
 

@@ -609,9 +609,9 @@ class BatchLRScheduler(Callback):
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
         """Multiply the module's learning rates for the length of an optimizer step: schedulers chain them from step to step."""
-        self._unscaled[id(optimizer)] = [float(group["lr"]) for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            _set_lr(group, float(group["lr"]) * self._factor)
+        rates = self._unscaled[id(optimizer)] = [float(group["lr"]) for group in optimizer.param_groups]
+        for group, lr in zip(optimizer.param_groups, rates):
+            _set_lr(group, lr * self._factor)
 
     def _unscale(self, optimizer: Optimizer, *_: Any) -> None:
         for group, lr in zip(optimizer.param_groups, self._unscaled.pop(id(optimizer), ())):

@@ -224,8 +224,7 @@ def test_every_source_says_what_its_gradients_say(source: str) -> None:
     """A step's estimate is a closed form of the examples of its pieces."""
     options = dict(SOURCES[source])
     model, found = measure(model=Linear(options.pop("memory", 10**9)), steps=12, **options)
-    x = torch.cat([draws(500).tensors[0]])
-    expected = [*by_hand(model.journal, x, weighed_alike=source.startswith("accumulated"))]
+    expected = [*by_hand(model.journal, draws(500).tensors[0], weighed_alike=source.startswith("accumulated"))]
     assert len(found) == len(expected) == 12
     tolerance = {"rtol": 0.05, "atol": 0.3} if source == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(found, expected, **tolerance)

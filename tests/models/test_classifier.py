@@ -1,8 +1,7 @@
 """The classifier, driven by Lightning's Trainer."""
 
 import copy
-import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from harness.files import csv_rows
+from harness.fits import quiet
 from lightning_bsl.models import Classifier, cnn5
 
 
@@ -31,20 +32,11 @@ def make(**options: object) -> Classifier:
 
 
 def trainer(folder: Path, log_every_n_steps: int = 1, **options: object) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=CSVLogger(folder, name="", version=""),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        log_every_n_steps=log_every_n_steps,
-        **options,  # type: ignore[arg-type]
-    )
+    return Trainer(**quiet(logger=CSVLogger(folder, name="", version=""), log_every_n_steps=log_every_n_steps, **options))
 
 
-def rows(folder: Path) -> Iterator[dict[str, str]]:
-    with open(folder / "metrics.csv") as file:
-        yield from csv.DictReader(file)
+def rows(folder: Path) -> list[dict[str, str]]:
+    return csv_rows(folder / "metrics.csv")
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -64,7 +56,7 @@ def test_logged_values(tmp_path: Path, loader: DataLoader[tuple[Tensor, ...]]) -
     model.training_step = spy  # type: ignore[method-assign]
     trainer(tmp_path, max_epochs=2).fit(model, loader, loader)
 
-    found = list(rows(tmp_path))
+    found = rows(tmp_path)
     steps = [float(row["train/loss"]) for row in found if row["train/loss"] and not row["train/accuracy"]]
     epochs = [(float(row["train/loss"]), float(row["train/accuracy"])) for row in found if row["train/accuracy"]]
     assert steps == pytest.approx([loss for loss, _, _ in seen], rel=1e-6)
