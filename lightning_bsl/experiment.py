@@ -42,6 +42,7 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
         trainer.get("max_steps", -1),
         trainer.get("overfit_batches") or trainer.get("limit_train_batches"),  # as Lightning has it
         tokens_per_sample=getattr(datamodule, "tokens_per_sample", None),
+        drop_last=getattr(datamodule, "drop_last", False),
     )
 
 

@@ -1,16 +1,12 @@
 """Lightning callbacks."""
 
-from lightning_bsl.callbacks.adaptive import (
-    AdaptiveBatchLRScheduler,
-    GradientNormTrigger,
-    NoiseScaleTrigger,
-    PlateauTrigger,
-    Trigger,
-)
+from lightning_bsl.callbacks.adaptive import AdaptiveBatchLRScheduler
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, plan_fit
+from lightning_bsl.callbacks.full_gradient import FullGradient
 from lightning_bsl.callbacks.gradient_noise import GradientNoiseScale
-from lightning_bsl.callbacks.gradient_norm import FullGradient, FullGradientNorm
+from lightning_bsl.callbacks.gradient_norm import FullGradientNorm
 from lightning_bsl.callbacks.training_time import TrainingTime
+from lightning_bsl.callbacks.triggers import GradientNormTrigger, NoiseScaleTrigger, PlateauTrigger, Trigger
 
 __all__ = [
     "AdaptiveBatchLRScheduler",

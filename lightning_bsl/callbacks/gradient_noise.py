@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,99 +18,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
-from lightning_bsl.callbacks.ceiling import cut, is_out_of_memory
-from lightning_bsl.callbacks.gradient_norm import training_loss, undisturbed
-from lightning_bsl.callbacks.refusals import refuse_sharded
-
-
-class Estimate(NamedTuple):
-    """What one step says; either may be below 0 by chance.
-
-    Args:
-        sq_norm: Of ``|G|^2``, G being the mean gradient of an example.
-        variance: Of ``tr(Sigma)``, Sigma being the covariance of the gradients of single examples.
-    """
-
-    sq_norm: float
-    variance: float
-
-
-def estimate(small_sq_norm: float, small_size: float, big_sq_norm: float, big_size: float) -> Estimate:
-    """Estimate without bias from the gradients of two batch sizes (McCandlish et al., arXiv 1812.06162, appendix A.1).
-
-    Args:
-        small_sq_norm: Squared norm of the gradient over ``small_size`` examples, or the mean of several of them.
-        small_size: The smaller number of examples.
-        big_sq_norm: Squared norm of the gradient over ``big_size`` examples.
-        big_size: The larger number of examples.
-
-    Example:
-        >>> estimate(small_sq_norm=5 + 12 / 4, small_size=4, big_sq_norm=5 + 12 / 8, big_size=8)
-        Estimate(sq_norm=5.0, variance=12.0)
-    """
-    variance = (small_sq_norm - big_sq_norm) / (1 / small_size - 1 / big_size)
-    return Estimate(big_sq_norm - variance / big_size, variance)
-
-
-class Pieces(NamedTuple):
-    """Sums over the pieces that a step's gradient is made of; those of several processes add up.
-
-    A piece of n examples with mean gradient g counts with a weight w in the step's gradient: ``G_step = sum w g``. Since
-    ``E|g|^2 = |G|^2 + tr(Sigma)/n``, the means of ``|g|^2`` and of ``1/n`` by these weights are those of one small batch
-    whatever the sizes, and their difference from ``|G_step|^2`` is a mean of squares: ``sum w |g - G_step|^2``.
-
-    Args:
-        number: Of pieces.
-        weight: Sum of w.
-        sq_norm: Sum of ``w |g|^2``.
-        small: Sum of ``w / n``.
-        big: Sum of ``w^2 / n``.
-    """
-
-    number: float = 0.0
-    weight: float = 0.0
-    sq_norm: float = 0.0
-    small: float = 0.0
-    big: float = 0.0
-
-    def plus(self, examples: int, weight: float, sq_norm: float) -> Pieces:
-        """Count one more piece, of squared norm ``|g|^2``."""
-        piece = (1, weight, weight * sq_norm, weight / examples, weight**2 / examples)
-        return Pieces(*(a + b for a, b in zip(self, piece)))
-
-    def estimate(self, step_sq_norm: float) -> Estimate:
-        """Estimate from two pieces or more and the squared norm of the step's gradient."""
-        small_size, big_size = self.weight / self.small, self.weight**2 / self.big
-        # the weights do not sum to 1 where Lightning ends an epoch inside an accumulated step
-        return estimate(self.sq_norm / self.weight, small_size, step_sq_norm / self.weight**2, big_size)
-
-
-class MovingAverage:
-    """An exponential moving average, its start at 0 divided out (as Adam does, arXiv 1412.6980, section 3).
-
-    Args:
-        smoothing: Weight of the past.
-
-    Example:
-        >>> average = MovingAverage(0.75)
-        >>> average.add(3.0)
-        >>> average.value
-        3.0
-    """
-
-    def __init__(self, smoothing: float) -> None:
-        self.smoothing = smoothing
-        self.total = self.weight = 0.0
-
-    def add(self, value: float) -> None:
-        """Take in a value."""
-        self.total = self.smoothing * self.total + (1 - self.smoothing) * value
-        self.weight = self.smoothing * self.weight + (1 - self.smoothing)
-
-    @property
-    def value(self) -> float | None:
-        """The average, ``None`` before the first value."""
-        return self.total / self.weight if self.weight else None
+from lightning_bsl.callbacks.compatibility import refuse_sharded
+from lightning_bsl.callbacks.full_gradient import training_loss, undisturbed
+from lightning_bsl.callbacks.loop import logged_at, writes_step
+from lightning_bsl.callbacks.micro_batches import cut, is_out_of_memory
+from lightning_bsl.callbacks.sources import batch_counts
+from lightning_bsl.theory.noise_scale import Estimate, MovingAverage, Pieces, estimate
 
 
 class GradientNoiseScale(Callback):
@@ -162,6 +74,7 @@ class GradientNoiseScale(Callback):
         self._norms: list[Tensor] = []  # of the parameters' gradients in the backward pass under way
         self._pieces: list[tuple[int, float, Tensor]] = []  # examples, weight in this process's gradient, norms of that
         self._stepped = False
+        self._counts: Callable[[int], int] | None = None  # the examples of a batch, where no scheduler knows them
 
     @property
     def gradient_sq_norm(self) -> float | None:
@@ -189,11 +102,15 @@ class GradientNoiseScale(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured."""
-        refuse_sharded(trainer, self, "gradients")
+        refuse_sharded(trainer, type(self).__name__, "gradients")
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "with manual optimization GradientNoiseScale cannot see which backward passes make up a step; leave it out"
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See who knows how many examples a batch has."""
+        self._counts = None if self._scheduler(trainer) is not None else batch_counts(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as plain floats."""
@@ -246,6 +163,10 @@ class GradientNoiseScale(Callback):
             if examples:  # else this process only keeps the others company
                 self._pieces.append((examples, weight, torch.stack(self._norms)))
 
+    def _scheduler(self, trainer: Trainer) -> BatchLRScheduler | None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, BatchLRScheduler)), None)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure: the gradients are whole, and not clipped yet."""
         self._stepped = True
@@ -261,6 +182,9 @@ class GradientNoiseScale(Callback):
         sq_norm = _sq_sum(map(_norm, gradients))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             sq_norm /= scale**2  # such an optimizer undoes the scale of the loss only as it steps
+        scheduler = self._scheduler(trainer)
+        if scheduler is not None:  # what it made of the sum of the pieces' gradients, where some had nothing to train
+            sq_norm /= scheduler.corrected**2
         if trainer.world_size > 1:  # the same numbers everywhere, down to the last bit
             sums = torch.tensor([*pieces, sq_norm / trainer.world_size], dtype=torch.float64)
             sums = cast(Tensor, trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum"))
@@ -277,8 +201,7 @@ class GradientNoiseScale(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._stepped and every and trainer.global_step % every == 0:
+        if self._stepped and writes_step(trainer):
             self._log(pl_module, on_step=True, on_epoch=False)
         self._stepped = False
 
@@ -290,7 +213,7 @@ class GradientNoiseScale(Callback):
 
     def _is_due(self, trainer: Trainer, every: int | None) -> bool:
         """Whether the step under way is one of every ``every``; so the value is new when the Trainer logs."""
-        return every is not None and (trainer.global_step + 1) % every == 0
+        return every is not None and (logged_at(trainer) + 1) % every == 0
 
     def _forget(self) -> None:
         for hook in self._hooks:
@@ -301,16 +224,11 @@ class GradientNoiseScale(Callback):
 
     def _micro_batch(self, trainer: Trainer) -> tuple[int, float]:
         """Examples of the micro-batch under way, and what its mean loss was multiplied by."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, BatchLRScheduler) and callback.micro_batch is not None:
-                return callback.micro_batch
-        try:
-            return extract_batch_size(self._batch), 1 / trainer.accumulate_grad_batches
-        except MisconfigurationException as error:
-            raise MisconfigurationException(
-                f"GradientNoiseScale cannot see how many examples a batch of type {type(self._batch).__name__} has: give it a "
-                "tensor whose first dimension they are, use a `BatchSizeDataModule` with BatchLRScheduler, or leave it out"
-            ) from error
+        scheduler = self._scheduler(trainer)
+        if scheduler is not None and scheduler.micro_batch is not None:
+            return scheduler.micro_batch
+        assert self._counts is not None
+        return self._counts(self._batch_idx), 1 / trainer.accumulate_grad_batches
 
     def _measure_half(self, trainer: Trainer, module: LightningModule, examples: int, sq_norm: float) -> None:
         """Compute the gradient over half of the batch, and compare it with the step's over all of it."""

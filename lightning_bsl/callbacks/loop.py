@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 
-def loads_own_data(trainer: Trainer) -> bool:
-    """Whether the training loader comes from a LightningModule or DataModule, not from an argument of ``fit``."""
-    return bool(trainer.fit_loop._data_source.is_module())
+def _replace(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
+    """Set an attribute of one object; closing ``undo`` puts back what was there."""
+    attributes = vars(owner)
+    if name in attributes:
+        undo.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        undo.callback(attributes.pop, name, None)
+    attributes[name] = value
+
+
+def remake_training_data(trainer: Trainer, remake: Callable[[Callable[[], Any]], Any], undo: ExitStack) -> None:
+    """Have Lightning train on ``remake(ask)`` wherever it would train on ``ask()``: what the user gave, however he gave it.
+
+    Lightning asks for it at the start of a fit, and at each reload.
+    """
+    source = trainer.fit_loop._data_source
+    ask = source.dataloader
+    _replace(source, "dataloader", lambda: remake(ask), undo)
 
 
 def load_training_data(trainer: Trainer) -> None:
@@ -24,10 +44,113 @@ def load_training_data(trainer: Trainer) -> None:
     trainer.fit_loop.setup_data()
 
 
-def set_epoch_length(trainer: Trainer, batches: int) -> None:
-    """Tell Lightning that the epoch under way has another number of batches than it began with."""
+def begin_loading_again(trainer: Trainer) -> None:
+    """Have Lightning make a new iterator of the training loader: the one it has was made before a checkpoint was read."""
+    iter(cast(Any, trainer.fit_loop._data_fetcher))
+
+
+def with_distributed_sampler(trainer: Trainer, loader: Any) -> Any:
+    """The loader as Lightning makes it for a run of several processes."""
+    return trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING)
+
+
+def end_workers(loader: Any) -> None:
+    """End a loader's worker processes now: left to the garbage collector, each of them takes five seconds."""
+    _shutdown_workers_and_reset_iterator(loader)
+
+
+def before_batch_counts(trainer: Trainer, hook: Callable[[int], None], undo: ExitStack) -> None:
+    """Call ``hook(batch_idx)`` after each batch, before Lightning decides whether it was a step.
+
+    Also for a batch that is ``None``, for which Lightning calls no hook of a callback before that.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    update = loop.update_lr_schedulers
+
+    def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
+        if interval == "step" and not update_plateau_schedulers:
+            hook(loop.batch_idx)
+        update(interval, update_plateau_schedulers=update_plateau_schedulers)
+
+    _replace(loop, "update_lr_schedulers", update_lr_schedulers, undo)
+
+
+def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bool, undo: ExitStack) -> None:
+    """In ``on_train_start`` of a run that goes on: prepare its first batch.
+
+    Args:
+        trainer: The Trainer.
+        before_fetch: Called once, before the first batch is fetched.
+        exact: Whether the loaders go on where they were: then Lightning says nothing of loaders that cannot.
+        undo: Puts everything back when it is closed.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    reset, start_fetch = loop.reset, loop._on_before_fetch
+    once = [before_fetch]
+
+    def quiet_reset() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")
+            reset()
+
+    def on_before_fetch() -> None:
+        start_fetch()
+        if once:
+            once.pop()()
+
+    if exact:
+        _replace(loop, "reset", quiet_reset, undo)
+    _replace(loop, "_on_before_fetch", on_before_fetch, undo)
+
+
+def take_step(trainer: Trainer, batch_idx: int, counted: bool) -> None:
+    """Have the optimizer step with the gradients that are there.
+
+    Args:
+        trainer: The Trainer, in automatic optimization.
+        batch_idx: Index of the batch.
+        counted: Whether Lightning has counted the step already.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+
+    def closure() -> Tensor:
+        return torch.zeros((), device=trainer.strategy.root_device)  # a loss: with None a loss scaler would skip the step
+
+    if counted:
+        optimizer = trainer.strategy._lightning_optimizers[0]
+        trainer.lightning_module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
+    else:
+        loop._optimizer_step(batch_idx, closure)
+
+
+def steps_taken(trainer: Trainer) -> int:
+    """In ``on_train_batch_end``: the batches that stepped so far, whatever number of optimizers stepped in each."""
+    loop = trainer.fit_loop.epoch_loop
+    return loop._batches_that_stepped + (not loop._should_accumulate())
+
+
+def logged_at(trainer: Trainer) -> int:
+    """The x at which Lightning writes its own rows: the batches that stepped before."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def writes_step(trainer: Trainer) -> bool:
+    """Whether Lightning will write what is logged in this step; what is logged in others costs time and is dropped."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def set_epoch_length(trainer: Trainer, index: int, batches: int) -> None:
+    """Tell Lightning that a training loader has another number of batches in the epoch under way than it began with.
+
+    Args:
+        trainer: The Trainer.
+        index: The loader's index among all.
+        batches: Its batches.
+    """
     loop = trainer.fit_loop
-    cast(Any, loop._combined_loader).limits[:] = [batches]  # in place: the live iterator shares the list
+    combined = cast(Any, loop._combined_loader)
+    combined.limits[index] = batches  # in place: the live iterator shares the list
+    batches = len(combined)
     cast(Any, loop._data_fetcher).length = loop.max_batches = batches
     if isinstance(trainer.val_check_interval, float):
         trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
@@ -36,11 +159,6 @@ def set_epoch_length(trainer: Trainer, batches: int) -> None:
         bar.train_progress_bar.total = batches
     elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
         bar.progress.update(bar.train_progress_bar_id, total=batches)
-
-
-def injects_sampler(trainer: Trainer) -> bool:
-    """Whether Lightning puts a sampler of its own into the loaders of a run of several processes."""
-    return trainer.world_size > 1 and bool(trainer._accelerator_connector.use_distributed_sampler)
 
 
 def ended_epoch(checkpoint: dict[str, Any], max_steps: int) -> bool:
@@ -68,18 +186,18 @@ def begin_epoch(trainer: Trainer) -> None:
     trainer.fit_loop.reset_restart_stage()
 
 
-def set_batches_done(checkpoint: dict[str, Any], batches: int) -> None:
-    """Have Lightning resume an epoch after ``batches`` of its batches.
+def set_batches_done(trainer: Trainer, batches: int) -> None:
+    """In ``on_train_start``: have Lightning resume an epoch after ``batches`` of its batches.
 
-    The checkpoint counts the micro-batches of the run that saved it, and those of a step that was not finished.
+    The checkpoint counted the micro-batches of the run that saved it, and those of a step that was not finished.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    current, total = progress["current"], progress["total"]
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    current, total = progress.current, progress.total
     # in `on_train_batch_end` the batch just done is not counted as completed yet; Lightning makes up for it on resume
-    in_batch_end = total["ready"] == total["processed"] == total["completed"] + 1
-    shift = batches - in_batch_end - current["completed"]
-    for name in current:
-        current[name] += shift
+    in_batch_end = total.ready == total.processed == total.completed + 1
+    shift = batches - in_batch_end - current.completed
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(current, name, getattr(current, name) + shift)
 
 
 def start_epoch_after_fit(checkpoint: dict[str, Any]) -> None:
@@ -109,7 +227,7 @@ def logged_metrics(trainer: Trainer) -> dict[str, Metric]:
     return cast("dict[str, Metric]", trainer._results)
 
 
-def walk_steps(trainer: Trainer, walk: Callable[[Any, Train], Tensor | None]) -> None:
+def walk_steps(trainer: Trainer, walk: Callable[[Any, Train], Tensor | None], undo: ExitStack) -> None:
     """Have every optimizer step take its batch through ``walk(batch, train)`` instead of one ``training_step``.
 
     ``train(part, first, last)`` runs ``training_step`` and the backward pass on a part of the batch and returns its loss. The
@@ -141,12 +259,7 @@ def walk_steps(trainer: Trainer, walk: Callable[[Any, Train], Tensor | None]) ->
         _set_batch(trainer, batch)
         return outputs
 
-    vars(loop)["run"] = run
-
-
-def walk_steps_no_more(trainer: Trainer) -> None:
-    """Undo ``walk_steps``."""
-    vars(trainer.fit_loop.epoch_loop.automatic_optimization).pop("run", None)
+    _replace(loop, "run", run, undo)
 
 
 def _set_batch(trainer: Trainer, batch: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_bsl.callbacks.loop import writes_step
+
 
 class TrainingTime(Callback):
     """Logs ``seconds``: how long the run has trained so far, validation and measurements included.
@@ -52,8 +54,7 @@ class TrainingTime(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log where the Trainer's loggers will write it."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.should_stop or (every and trainer.global_step % every == 0):  # the others would be dropped
+        if writes_step(trainer):
             self._log(pl_module, on_step=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

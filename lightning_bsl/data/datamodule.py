@@ -9,9 +9,8 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from lightning_bsl.data.sampler import GlobalBatchSampler
+from lightning_bsl.data.sampler import GlobalBatchSampler, remade
 from lightning_bsl.schedules import Progress
-from lightning_bsl.schedules.functions import Function
 
 
 def data_parallel(trainer: Trainer) -> tuple[int, int]:
@@ -39,7 +38,7 @@ class BatchSizeDataModule(LightningDataModule):
 
     With [`BatchLRScheduler`][lightning_bsl.BatchLRScheduler] among the callbacks the batch size follows its schedule,
     inside an epoch too; without it, it is ``batch_size`` throughout. The batch size is global: the examples of one
-    optimizer step over all processes. With several processes, write ``Trainer(use_distributed_sampler=False)``.
+    optimizer step over all processes.
 
     Args:
         train: Training set. Subclasses may set ``train_set``, ``val_set`` and ``test_set`` in ``setup`` instead.
@@ -55,6 +54,7 @@ class BatchSizeDataModule(LightningDataModule):
         seed: Seed of the order of the training examples.
         shuffle: Whether to shuffle the training examples.
         samples_per_epoch: Only that many random training examples an epoch; all by default.
+        drop_last: Whether to leave out a last step of an epoch that has fewer examples than the batch size.
 
     Raises:
         TypeError: A training set without a length (an ``IterableDataset``).
@@ -85,6 +85,7 @@ class BatchSizeDataModule(LightningDataModule):
         seed: int = 0,
         shuffle: bool = True,
         samples_per_epoch: int | None = None,
+        drop_last: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -102,7 +103,7 @@ class BatchSizeDataModule(LightningDataModule):
         self.seed = seed
         self.shuffle = shuffle
         self.samples_per_epoch = samples_per_epoch
-        self._schedule: tuple[Function, Callable[[], Progress], Callable[[], int], int | None] | None = None
+        self.drop_last = drop_last
         self._train_loader: DataLoader[Any] | None = None
 
     @property
@@ -125,57 +126,27 @@ class BatchSizeDataModule(LightningDataModule):
             raise ValueError(f"`samples_per_epoch={number}` must be at most the {most} examples of the training set")
         return number or most
 
-    def follow(
-        self,
-        batch_size: Function,
-        clock: Callable[[], Progress],
-        consumed: Callable[[], int] = int,
-        max_device_batch_size: int | None = None,
-    ) -> None:
-        """Let the batch size follow a schedule.
-
-        Args:
-            batch_size: The schedule.
-            clock: Returns the progress at the start of the current epoch.
-            consumed: Returns how many of its examples are consumed already.
-            max_device_batch_size: Most examples of a micro-batch.
-        """
-        self._schedule = (batch_size, clock, consumed, max_device_batch_size)
-        self._train_loader = None
-
-    @property
-    def follows(self) -> bool:
-        """Whether the batch size follows a schedule."""
-        return self._schedule is not None
-
-    def unfollow(self) -> None:
-        """Back to ``batch_size``."""
-        self._schedule = self._train_loader = None
-
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training loader: the same object every time, so that its workers survive a change of the batch size."""
+        """The training loader: the same object every time, so that workers live on; its batches are of ``batch_size``."""
         if self._train_loader is None:
-            batch_size, clock, consumed, most = self._schedule or (self.batch_size, self._epoch_clock, int, None)
             rank, world_size = self._process()
+            trainer = self.trainer
             sampler = GlobalBatchSampler(
                 self.num_train_examples,
-                batch_size,
-                clock,
-                consumed,
+                self.batch_size,
+                lambda: Progress(epoch=trainer.current_epoch if trainer else 0),
                 seed=self.seed,
                 # to overfit a few batches they must be the same ones in every epoch
-                shuffle=self.shuffle and not (self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
+                shuffle=self.shuffle and not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world_size,
-                max_device_batch_size=most,
                 as_tensors=getattr(self.train_set, "takes_tensors", False),
                 samples_per_epoch=self.samples_per_epoch,
+                drop_last=self.drop_last,
             )
-            self._train_loader = DataLoader(
-                cast("Dataset[Any]", self.train_set),
-                batch_sampler=sampler,
-                **self._loader_arguments(),
-            )
+            arguments = self._loader_arguments()
+            loader = DataLoader(cast("Dataset[Any]", self.train_set), batch_sampler=sampler, **arguments)
+            self._train_loader = remade(loader, sampler, arguments["generator"])
         return self._train_loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -188,6 +159,10 @@ class BatchSizeDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Forget the loader: the next fit may have other processes."""
+        self._train_loader = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Forget the loader: Lightning does not call ``teardown`` then."""
         self._train_loader = None
 
     def _eval_dataloader(self, dataset: Dataset[Any] | None) -> DataLoader[Any] | list[Any]:
@@ -212,6 +187,3 @@ class BatchSizeDataModule(LightningDataModule):
 
     def _process(self) -> tuple[int, int]:
         return data_parallel(self.trainer) if self.trainer else (0, 1)
-
-    def _epoch_clock(self) -> Progress:
-        return Progress(epoch=self.trainer.current_epoch if self.trainer else 0)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
 
 from lightning_bsl.schedules import JointSchedule, Progress
 from lightning_bsl.schedules.functions import Function
-from lightning_bsl.schedules.plan import runs, size_at
+from lightning_bsl.schedules.plan import Run, runs, size_at
 
 
-def epoch_generator(seed: int, epoch: int, stream: int = 0) -> torch.Generator:
-    """A random generator that depends on (seed, epoch, stream) alone.
+def epoch_generator(seed: int, epoch: int, stream: int = 0, cycle: int = 0) -> torch.Generator:
+    """A random generator that depends on (seed, epoch, stream, cycle) alone.
 
     Args:
         seed: The run's seed.
         epoch: The epoch.
         stream: One number for each use, so that two uses in an epoch are independent.
+        cycle: Which pass of the epoch, where it has several.
     """
     # mixed rather than added: seed 0 in epoch 1 must not be seed 1 in epoch 0
-    state = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)[0]
+    entropy = [seed, epoch, stream, *([cycle] if cycle else [])]
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
@@ -36,7 +40,9 @@ def share_of(examples: int, rank: int, world_size: int) -> slice:
 
 
 @lru_cache(maxsize=256)  # asked at every step, nearly always for the same size
-def micro_batches(examples: int, rank: int, world_size: int, max_device_batch_size: int | None) -> tuple[slice, ...]:
+def micro_batches(
+    examples: int, rank: int, world_size: int, max_device_batch_size: int | None, even: bool = True
+) -> tuple[slice, ...]:
     """The parts of a step's examples that process ``rank`` puts through the model one after another.
 
     Every process has the same number of them, so that they can step together; a process with a smaller share may have an
@@ -47,12 +53,96 @@ def micro_batches(examples: int, rank: int, world_size: int, max_device_batch_si
         rank: Index of the process.
         world_size: Number of processes.
         max_device_batch_size: Most examples of a micro-batch; ``None`` for no bound.
+        even: Whether the parts differ by at most one example; else all but the last have the largest size.
     """
     share = share_of(examples, rank, world_size)
     largest = -(-examples // world_size)
-    count = -(-largest // (max_device_batch_size or largest))
-    cuts = [share.start + i * (share.stop - share.start) // count for i in range(count + 1)]
+    size = max_device_batch_size or largest
+    count = -(-largest // size)
+    if even:
+        cuts = [share.start + i * (share.stop - share.start) // count for i in range(count + 1)]
+    else:
+        cuts = [min(share.start + i * size, share.stop) for i in range(count + 1)]
     return tuple(slice(start, stop) for start, stop in pairwise(cuts))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a step is cut over the processes that share it, and into micro-batches.
+
+    Args:
+        rank: Index of this process among those that share a step.
+        world_size: Their number.
+        max_device_batch_size: Most examples of a micro-batch; ``None`` for no bound.
+        accumulate: As Lightning's ``accumulate_grad_batches``: into so many micro-batches, each of an equal part of the
+            scheduled batch size.
+
+    Example:
+        >>> [part.stop - part.start for part in Cut(max_device_batch_size=4)(10, batch_size=10)]
+        [3, 3, 4]
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    max_device_batch_size: int | None = None
+    accumulate: int = 1
+
+    def __call__(self, examples: int, batch_size: int) -> tuple[slice, ...]:
+        """This process's micro-batches of a step.
+
+        Args:
+            examples: Examples of the step.
+            batch_size: What the schedule says; the last step of an epoch may have fewer examples.
+        """
+        if self.accumulate > 1:
+            size = -(-batch_size // (self.world_size * self.accumulate))
+            return micro_batches(examples, self.rank, self.world_size, size, even=False)
+        return micro_batches(examples, self.rank, self.world_size, self.max_device_batch_size)
+
+
+class Order(Protocol):
+    """The order of the examples in each epoch."""
+
+    def length(self, epoch: int) -> int:
+        """Examples of one pass in ``epoch``."""
+        ...
+
+    def __call__(self, epoch: int, cycle: int = 0) -> Sequence[Any] | Tensor:
+        """The indices of pass ``cycle`` of ``epoch``; an epoch has several passes only beside a longer loader."""
+        ...
+
+
+class Permutation:
+    """A permutation of the data set that depends on (seed, epoch) alone.
+
+    Args:
+        num_examples: Examples of the data set.
+        seed: Seed of the permutations.
+        shuffle: Whether to permute at all.
+        samples_per_epoch: Only the first so many of each permutation; all of them by default.
+
+    Raises:
+        ValueError: ``samples_per_epoch`` is not between 1 and ``num_examples``.
+    """
+
+    def __init__(self, num_examples: int, seed: int = 0, shuffle: bool = True, samples_per_epoch: int | None = None) -> None:
+        if samples_per_epoch is not None and not 1 <= samples_per_epoch <= num_examples:
+            raise ValueError(
+                f"`samples_per_epoch={samples_per_epoch}` must lie between 1 and the {num_examples} examples of the data set"
+            )
+        self.num_examples, self.seed, self.shuffle = num_examples, seed, shuffle
+        self.samples_per_epoch = samples_per_epoch or num_examples
+
+    def length(self, epoch: int) -> int:
+        """Examples of one pass."""
+        return self.samples_per_epoch
+
+    def __call__(self, epoch: int, cycle: int = 0) -> Tensor:
+        """The indices, int64."""
+        if not self.shuffle:
+            return torch.arange(self.samples_per_epoch)
+        generator = epoch_generator(self.seed, epoch, cycle=cycle)
+        return torch.randperm(self.num_examples, generator=generator)[: self.samples_per_epoch]
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -75,8 +165,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         world_size: Number of processes.
         max_device_batch_size: Most examples of a micro-batch; a step has as many micro-batches as that takes.
         as_tensors: Whether to yield tensors instead of lists, for a data set whose ``__getitems__`` takes them.
-        samples_per_epoch: Only that many examples, drawn anew each epoch without replacement (P4 trains Tiny-ImageNet on
-            10,000 an epoch); all of them by default.
+        samples_per_epoch: Only that many examples, drawn anew each epoch without replacement (Li et al., arXiv 2405.14578,
+            train Tiny-ImageNet on 10,000 an epoch); all of them by default.
+        drop_last: Whether to leave out a last step that would be short.
 
     Raises:
         ValueError: ``samples_per_epoch`` is not between 1 and ``num_examples``; when iterated, a batch size below 1 or above
@@ -102,66 +193,158 @@ class GlobalBatchSampler(Sampler[list[int]]):
         max_device_batch_size: int | None = None,
         as_tensors: bool = False,
         samples_per_epoch: int | None = None,
+        drop_last: bool = False,
     ) -> None:
-        if samples_per_epoch is not None and not 1 <= samples_per_epoch <= num_examples:
-            raise ValueError(
-                f"`samples_per_epoch={samples_per_epoch}` must lie between 1 and the {num_examples} examples of the data set"
-            )
-        # neither `sampler` nor `batch_size` nor `drop_last` are attributes: Lightning rebuilds batch samplers that have them
-        self.num_examples = num_examples
+        self.order: Order = Permutation(num_examples, seed, shuffle, samples_per_epoch)
         self.schedule = JointSchedule(batch_size)
         self.clock = clock
         self.consumed = consumed
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.max_device_batch_size = max_device_batch_size
+        self.cut = Cut(rank, world_size, max_device_batch_size)
         self.as_tensors = as_tensors
-        self.samples_per_epoch = samples_per_epoch or num_examples
+        self.drops_last = drop_last  # not `drop_last`, `batch_size` or `sampler`: Lightning rebuilds batch samplers with those
+        self.cycles = False  # whether an epoch may have further passes, beside a longer loader
+        self.pass_start = 0  # examples of the epoch before the pass that was begun last
         self.handed_out = 0  # examples of the epoch's steps that were asked for: workers ask ahead of what is trained
 
+    @classmethod
+    def of(
+        cls,
+        order: Order,
+        batch_size: Function | int,
+        clock: Callable[[], Progress],
+        consumed: Callable[[], int],
+        cut: Cut,
+        *,
+        drop_last: bool = False,
+        as_tensors: bool = False,
+        cycles: bool = False,
+    ) -> GlobalBatchSampler:
+        """A sampler over any order.
+
+        Args:
+            order: The order of the examples.
+            batch_size: The global batch size, as of the class.
+            clock: As of the class.
+            consumed: As of the class.
+            cut: How a step is cut.
+            drop_last: As of the class.
+            as_tensors: As of the class.
+            cycles: Whether an epoch may have further passes, beside a longer loader.
+        """
+        sampler = cls(1, batch_size, clock, consumed, as_tensors=as_tensors, drop_last=drop_last)
+        sampler.order, sampler.cut, sampler.cycles = order, cut, cycles
+        return sampler
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one pass in the epoch at hand."""
+        return self.order.length(self.clock().epoch)
+
     def __len__(self) -> int:
-        """Batches of the epoch: its steps, or their micro-batches."""
-        return self.batches_in(self.samples_per_epoch)
+        """Batches of one pass: its steps, or their micro-batches."""
+        return self._batches(self._runs(self.clock()), self.num_examples)
 
     def batches_in(self, examples: int) -> int:
         """Batches that the epoch's steps over its first ``examples`` examples take."""
+        return sum(self._batches(found, taken) for found, taken in self._passes(examples))
+
+    def steps_in(self, examples: int) -> int:
+        """Steps over the epoch's first ``examples`` examples."""
         count = 0
-        for run in runs(self.schedule, self.clock(), self.samples_per_epoch):
-            full, rest = divmod(min(run.examples, examples), run.batch_size)
-            examples -= full * run.batch_size + rest
-            count += full * len(self._micro_batches(run.batch_size)) + (len(self._micro_batches(rest)) if rest else 0)
+        for found, taken in self._passes(examples):
+            for run in found:
+                count += -(-min(run.examples, taken) // run.batch_size)
+                taken -= min(run.examples, taken)
         return count
 
-    def _micro_batches(self, examples: int) -> tuple[slice, ...]:
-        return micro_batches(examples, self.rank, self.world_size, self.max_device_batch_size)
+    def _passes(self, examples: int) -> Iterator[tuple[list[Run], int]]:
+        """The runs of each pass over the epoch's first ``examples`` examples, and how many of those lie ahead of it."""
+        progress, first = self.clock(), True
+        while examples > 0 and (self.cycles or first):
+            found, first = self._runs(progress), False
+            yield found, examples
+            taken = sum(run.examples for run in found)
+            examples -= taken
+            progress = progress.advance(taken, sum(run.steps for run in found))
+
+    def _runs(self, progress: Progress) -> list[Run]:
+        return runs(self.schedule, progress, self.num_examples, drop_last=self.drops_last)
+
+    def _batches(self, found: list[Run], examples: int) -> int:
+        """Batches of the steps over the first ``examples`` examples."""
+        count = 0
+        for run in found:
+            full, rest = divmod(min(run.examples, examples), run.batch_size)
+            examples -= full * run.batch_size + rest
+            count += full * len(self.cut(run.batch_size, run.batch_size))
+            count += len(self.cut(rest, run.batch_size)) if rest else 0
+        return count
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The indices of this process, step by step."""
-        self.handed_out = self.consumed()
-        return self._steps(self.clock(), self.handed_out)  # the clock is read now, not when a worker asks for the first batch
+        """The indices of this process, step by step, to the end of the pass."""
+        # the clock is read now, not when a worker asks for the first batch
+        progress, consumed, start, cycle = self.clock(), self.consumed(), 0, 0
+        while self.cycles and consumed > start:
+            found = self._runs(progress)
+            taken = sum(run.examples for run in found)
+            if consumed < start + taken:
+                break
+            start, cycle = start + taken, cycle + 1
+            progress = progress.advance(taken, sum(run.steps for run in found))
+        self.pass_start, self.handed_out = start, consumed
+        return self._steps(progress, cycle, start, consumed)
 
-    def _steps(self, progress: Progress, consumed: int) -> Iterator[list[int]]:
-        order: Any = self._order(progress.epoch) if self.as_tensors else self.permutation(progress.epoch)
+    def _steps(self, progress: Progress, cycle: int, start: int, consumed: int) -> Iterator[list[int]]:
+        order: Any = self.order(progress.epoch, cycle)
+        if not self.as_tensors:
+            order = order.tolist() if isinstance(order, Tensor) else order
+        elif not isinstance(order, Tensor):
+            order = torch.tensor(order)
         position, batch_size = 0, None
         while position < len(order):
             batch_size = size_at(self.schedule, progress, len(order), batch_size)
             step = order[position : position + batch_size]
+            if self.drops_last and len(step) < batch_size:
+                return
             position += len(step)
             progress = progress.advance(len(step))
-            if position <= consumed:
+            if start + position <= consumed:
                 continue
-            self.handed_out = position
-            for part in self._micro_batches(len(step)):
+            self.handed_out = start + position
+            for part in self.cut(len(step), batch_size):
                 # a process without a share must step with the others all the same: it repeats an example, at weight 0
                 yield step[part] if part.stop > part.start else step[:1]
 
     def permutation(self, epoch: int) -> list[int]:
         """The order of the examples in ``epoch``."""
-        return self._order(epoch).tolist()
+        order = self.order(epoch)
+        return order.tolist() if isinstance(order, Tensor) else list(order)
 
-    def _order(self, epoch: int) -> Tensor:
-        if not self.shuffle:
-            return torch.arange(self.samples_per_epoch)
-        return torch.randperm(self.num_examples, generator=epoch_generator(self.seed, epoch))[: self.samples_per_epoch]
+
+class ShareSampler(SequentialSampler, DistributedSampler[Any]):
+    """Stands in a loader's ``sampler`` where its batch sampler decides: Lightning then puts no sampler of its own in.
+
+    Args:
+        data_source: The data set.
+    """
+
+    def __init__(self, data_source: Any) -> None:
+        SequentialSampler.__init__(self, data_source)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the batch sampler reads the clock."""
+
+
+def remade(loader: DataLoader[Any], batch_sampler: GlobalBatchSampler, generator: torch.Generator) -> DataLoader[Any]:
+    """A loader as ``loader``, of its class and with all it has, but with ``batch_sampler`` in it; ``loader`` stays as it is.
+
+    Args:
+        loader: A loader over a map-style data set.
+        batch_sampler: Yields the indices of its batches.
+        generator: For the seeds of workers, if the loader has none: making an iterator must not draw from the global one.
+    """
+    # a copy rather than a call of the constructor: a subclass may take other arguments than DataLoader
+    other = copy.copy(loader)
+    given = {"generator": loader.generator or generator, "batch_size": None, "drop_last": False, "_iterator": None}
+    vars(other).update(batch_sampler=batch_sampler, sampler=ShareSampler(loader.dataset), **given)
+    return other

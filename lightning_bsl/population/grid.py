@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_bsl.callbacks.ceiling import is_out_of_memory
+from lightning_bsl.callbacks.micro_batches import is_out_of_memory
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.population.data import PopulationData
 from lightning_bsl.population.module import Loss, Outcome, Population

@@ -57,6 +57,7 @@ class JointSchedule:
         batch_size: An ``int``, a schedule, or a function ``progress -> float``; rounded up to whole examples.
         lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
             ``None`` to leave the learning rate to the module.
+        largest: Where batch sizes are decided while training: the largest there may be. Such a schedule cannot be planned.
 
     Raises:
         TypeError: An argument of another type.
@@ -70,6 +71,7 @@ class JointSchedule:
 
     batch_size: int | Function
     lr: float | ScalingRule | Function | None = None
+    largest: int | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in (

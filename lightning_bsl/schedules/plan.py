@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_bsl.schedules.functions import Exponential, Schedule
 from lightning_bsl.schedules.joint import JointSchedule
@@ -113,40 +114,93 @@ class Plan:
             writer.writerows(asdict(stage) for stage in self.stages)
 
 
+class Beside(NamedTuple):
+    """The loaders that are trained on beside the scheduled one, a batch of each in every step.
+
+    Args:
+        lengths: Batches of one pass over each.
+        mode: What ends an epoch, as of Lightning's ``CombinedLoader``: ``"min_size"`` the shortest loader; ``"max_size"`` the
+            longest, the others having no batch any more; ``"max_size_cycle"`` the longest, the others beginning again.
+    """
+
+    lengths: tuple[int, ...] = ()
+    mode: str = "max_size_cycle"
+
+    def steps(self, steps: int, limit_batches: float) -> int:
+        """Steps of an epoch in which one pass over the scheduled loader has ``steps``.
+
+        Args:
+            steps: Of one pass.
+            limit_batches: As Lightning's ``limit_train_batches``: an ``int`` number of steps, or a fraction of them.
+        """
+        lengths = (steps, *self.lengths)
+        kept = (min(n, limit_batches) if isinstance(limit_batches, int) else int(n * limit_batches) for n in lengths)
+        return min(kept) if self.mode == "min_size" else max(kept)
+
+
 # For an epoch whose batch size is asked once, at its start: a batch size to the epoch's optimizer steps and examples.
 EpochLength = Callable[[int], tuple[int, int]]
 _Cutter = Callable[[JointSchedule, Progress], list[Run]]
 
 
-def runs(schedule: JointSchedule, start: Progress, num_examples: int, limit_batches: float = 1.0) -> list[Run]:
+def runs(
+    schedule: JointSchedule,
+    start: Progress,
+    num_examples: int,
+    limit_batches: float = 1.0,
+    drop_last: bool = False,
+    beside: Beside = Beside(),  # noqa: B008 (immutable)
+) -> list[Run]:
     """One epoch of ``num_examples`` examples from ``start``, in runs of equal steps.
 
     Args:
         schedule: Batch size and learning rate.
         start: The clock at the start of the epoch.
-        num_examples: Examples of the epoch.
+        num_examples: Examples of one pass over the data.
         limit_batches: As Lightning's ``limit_train_batches``: an ``int`` number of steps, or a fraction of them.
+        drop_last: Whether a pass ends before a step that would be short.
+        beside: Loaders that are trained on in the same steps.
 
     Raises:
         ValueError: A batch size above ``num_examples``, or an error of the schedule.
     """
+    found = _one_pass(schedule, start, num_examples, drop_last, None)
+    total = sum(run.steps for run in found)
+    kept = beside.steps(total, limit_batches)
+    if kept < 1:
+        raise ValueError(f"`limit_batches={limit_batches}` leaves no step of epoch {start.epoch}, which has {total}; raise it")
+    while total < kept:  # a loader beside this one is longer
+        last = found[-1]
+        progress = last.start.advance(last.examples, last.steps)
+        if beside.mode == "max_size":
+            size = size_at(schedule, progress, num_examples, last.batch_size)
+            found.append(Run(progress, 1, 0, size, every_step=False))
+            total += 1
+        else:
+            again = _one_pass(schedule, progress, num_examples, drop_last, last.batch_size)
+            found += again
+            total += sum(run.steps for run in again)
+    return _cut(found, kept)
+
+
+def _one_pass(
+    schedule: JointSchedule, progress: Progress, num_examples: int, drop_last: bool, previous: int | None
+) -> list[Run]:
     found: list[Run] = []
-    left, progress = num_examples, start
+    left = num_examples
     while left:
-        batch_size = size_at(schedule, progress, num_examples, found[-1].batch_size if found else None)
+        batch_size = size_at(schedule, progress, num_examples, found[-1].batch_size if found else previous)
         until, every_step = schedule.lr_steps_to_change(progress, batch_size)
         most, steps, clock = min(until, -(-left // batch_size)), 0, progress
         while steps < most and (steps == 0 or size_at(schedule, clock, num_examples, batch_size) == batch_size):
             more = int(min(schedule.batch_steps_to_change(clock, batch_size), most - steps))
             steps, clock = steps + more, clock.advance(more * batch_size, more)
         examples = min(steps * batch_size, left)
+        if drop_last and examples < steps * batch_size:
+            return [*found, *_cut([Run(progress, steps, examples, batch_size, every_step)], steps - 1)]
         found.append(Run(progress, steps, examples, batch_size, every_step))
         progress, left = progress.advance(examples, steps), left - examples
-    total = sum(run.steps for run in found)
-    kept = min(total, limit_batches) if isinstance(limit_batches, int) else int(total * limit_batches)
-    if kept < 1:
-        raise ValueError(f"`limit_batches={limit_batches}` leaves no step of epoch {start.epoch}, which has {total}; raise it")
-    return _cut(found, kept)
+    return found
 
 
 def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: int, length: EpochLength) -> list[Run]:
@@ -222,6 +276,8 @@ def plan(
     samples: int | None = None,
     tokens_per_sample: int | None = None,
     limit_batches: float = 1.0,
+    drop_last: bool = False,
+    beside: Beside = Beside(),  # noqa: B008 (immutable)
     epoch_length: EpochLength | None = None,
 ) -> Plan:
     """What ``schedule`` does to ``num_examples`` examples an epoch, until the first horizon given is reached.
@@ -236,8 +292,10 @@ def plan(
         samples: Horizon in examples.
         tokens_per_sample: Tokens of one example, for schedules that count in tokens.
         limit_batches: As Lightning's ``limit_train_batches``.
+        drop_last: Whether an epoch ends before a step that would be short.
+        beside: Loaders that are trained on in the same steps.
         epoch_length: Where the batch size can change only between epochs: the optimizer steps and the examples of an epoch,
-            for a batch size. Then ``limit_batches`` is its business.
+            for a batch size. It then answers for ``limit_batches``, ``drop_last`` and ``beside`` too.
 
     Raises:
         ValueError: No horizon at all, a horizon below 1, a batch size below 1 or above ``num_examples``, a learning rate
@@ -257,8 +315,9 @@ def plan(
     if epoch_length is not None:
         cut: _Cutter = partial(_runs_of_one_size, num_examples=num_examples, length=epoch_length)
     else:
-        cut = partial(runs, num_examples=num_examples, limit_batches=limit_batches)
-        whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0  # the int 1 is one step
+        cut = partial(runs, num_examples=num_examples, limit_batches=limit_batches, drop_last=drop_last, beside=beside)
+        # the int 1 is one step
+        whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0 and not (drop_last or beside.lengths)
         if epochs is not None and steps is None and samples is None and whole_epochs:
             samples = epochs * num_examples
     horizon = Horizon(epochs, steps, samples, tokens_per_sample)
@@ -322,7 +381,7 @@ def _rates(schedule: JointSchedule, run: Run) -> tuple[float | None, float | Non
     last = run.steps - 1
 
     def rate(step: int) -> float | None:
-        return schedule.lr_at(run.start.advance(step * run.batch_size, step), run.batch_size)
+        return schedule.lr_at(run.start.advance(min(step * run.batch_size, run.examples), step), run.batch_size)
 
     if not run.every_step or isinstance(schedule.lr, Schedule):
         return rate(0), rate(last), run.every_step

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import scipy  # its parts are loaded on first use: whoever wants another module of this package need not wait
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq, minimize_scalar
-from scipy.special import erf
-from scipy.stats import linregress, t
 
 from lightning_bsl.schedules import LinearScaling, NoiseScaling, ScalingRule, SqrtScaling, SurgeScaling
 
@@ -68,7 +66,9 @@ def expected_sign(mu: ArrayLike, sigma: ArrayLike, batch_size: ArrayLike) -> Flo
         raise ValueError(f"batch_size={batch}: write numbers above 0 (math.inf for the limit of large batches)")
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.sqrt(batch / 2)[..., None] * (mean / deviation)
-    return np.asarray(erf(np.where(mean == 0, 0.0, z)), dtype=np.float64)  # a mean of 0 has no sign at any B: no 0 * inf
+    return np.asarray(
+        scipy.special.erf(np.where(mean == 0, 0.0, z)), dtype=np.float64
+    )  # a mean of 0 has no sign at any B: no 0 * inf
 
 
 def _gain_and_curvature(
@@ -315,7 +315,7 @@ def _differ(name: str, values: FloatArray) -> None:
 def _quantile(confidence: float, degrees: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: write a number between 0 and 1, such as 0.95")
-    return float(t.ppf((1 + confidence) / 2, degrees))
+    return float(scipy.stats.t.ppf((1 + confidence) / 2, degrees))
 
 
 def _log_estimate(log_value: float, log_error: float, quantile: float) -> Estimate:
@@ -328,7 +328,7 @@ def _minimum(function: Callable[[float], float], low: float, high: float) -> tup
     grid = np.linspace(low, high, _GRID)
     best = int(np.argmin([function(u) for u in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)]
-    return float(minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x), best
+    return float(scipy.optimize.minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x), best
 
 
 _NO_TRADEOFF = (
@@ -344,9 +344,9 @@ _NO_MINIMUM = (
 def _fit_line(steps: FloatArray, examples: FloatArray, quantile: float) -> TradeoffFit:
     if np.ptp(examples) == 0:
         raise ValueError(_NO_MINIMUM.format(f"all need {examples[0]:g}, so eq. 22 has no slope"))
-    line = linregress(1 / examples, 1 / steps)
+    line = scipy.stats.linregress(1 / examples, 1 / steps)
     if not line.slope < 0:  # S and E fall or rise together: which of the two should have moved the other way?
-        fall = linregress(np.log(examples / steps), np.log(steps)).slope  # 0: no fewer steps; -1: no more examples
+        fall = scipy.stats.linregress(np.log(examples / steps), np.log(steps)).slope  # 0: no fewer steps; -1: no more examples
         reason = _NO_TRADEOFF if fall > -0.5 else _NO_MINIMUM
         raise ValueError(reason.format(f"the slope of eq. 22 is {line.slope:g}, not below 0"))
     noise, noise_error = math.log(-line.slope), line.stderr / -line.slope
@@ -380,8 +380,8 @@ def _fit_log(steps: FloatArray, batch: FloatArray, quantile: float) -> TradeoffF
 
     least = squares(u)
     limit = least * (1 + quantile**2 / degrees)  # the profile likelihood's region: residuals at most this far from the best
-    low = brentq(lambda v: squares(v) - limit, ends[0], u) if squares(ends[0]) > limit else -math.inf
-    high = brentq(lambda v: squares(v) - limit, u, ends[1]) if squares(ends[1]) > limit else math.inf
+    low = scipy.optimize.brentq(lambda v: squares(v) - limit, ends[0], u) if squares(ends[0]) > limit else -math.inf
+    high = scipy.optimize.brentq(lambda v: squares(v) - limit, u, ends[1]) if squares(ends[1]) > limit else math.inf
 
     def extreme(weight: float, sign: float) -> float:
         """The lowest (sign -1) or highest (1) value of log S_min + weight u in that region."""
@@ -590,7 +590,7 @@ def fit_critical_batch_size(loss: ArrayLike, batch_size: ArrayLike, *, confidenc
     """
     losses, batch = _columns(3, loss=loss, batch_size=batch_size)
     _differ("loss", losses)
-    line = linregress(np.log(losses), np.log(batch))
+    line = scipy.stats.linregress(np.log(losses), np.log(batch))
     if not line.slope < 0:
         raise ValueError(
             f"B_crit does not grow as the loss falls (slope {line.slope:g} of the logarithms): the power law does not describe "

@@ -22,7 +22,7 @@ from harness.fits import fit, out_of_memory
 from harness.loops import train_by_hand, whole_steps
 from harness.modules import Regression, assert_close, equal
 from lightning_bsl import BatchLRScheduler
-from lightning_bsl.callbacks.ceiling import cut
+from lightning_bsl.callbacks.micro_batches import cut
 from lightning_bsl.schedules import Milestones
 
 DATA = regression(61)
@@ -63,8 +63,8 @@ def go(
 ) -> tuple[Trainer, BatchLRScheduler]:
     torch.manual_seed(7)
     scheduler = BatchLRScheduler(STEPS, 0.05, max_device_batch_size=cap)
-    if scheduler._ceiling is not None:
-        scheduler._ceiling.size = known
+    if cap == "auto":
+        scheduler._splitter.size = known
     return fit(model, own(DATA), scheduler, *callbacks, **arguments), scheduler
 
 

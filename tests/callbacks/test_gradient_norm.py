@@ -134,8 +134,8 @@ def test_a_subset_stays_the_same_one() -> None:
     class Chosen(FullGradientNorm):
         def measure(self, trainer: Trainer, pl_module: Any) -> Any:
             values = super().measure(trainer, pl_module)
-            assert self._loader is not None
-            examples = torch.tensor([index for batch in self._loader.batch_sampler for index in batch])
+            assert self.measurer.loader is not None
+            examples = torch.tensor([index for batch in self.measurer.loader.batch_sampler for index in batch])
             chosen.append(examples.tolist())
             assert values == pytest.approx(reference(pl_module, examples), rel=1e-5)
             return values
@@ -273,5 +273,5 @@ def test_its_workers_end_with_the_fit(fails: bool) -> None:
     scheduler = AdaptiveBatchLRScheduler(16, 0.01, trigger=trigger, maximum=64, check_every=2)
     with pytest.raises(RuntimeError, match="stop") if fails else nullcontext():
         fits.fit(Stateful(), own(DATA, num_workers=1), scheduler, norm, Stop(), max_epochs=1)
-    assert norm._loader is None and trigger.measurement._loader is None
+    assert norm.measurer.loader is None and trigger.measurement.loader is None
     assert fails or set(active_children()) == before  # Lightning leaves the training loader's to the collector

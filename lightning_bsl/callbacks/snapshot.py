@@ -40,7 +40,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-class StepState:
+class Snapshot:
     """A copy of what ``training_step`` may change besides gradients, to undo a step that failed.
 
     That is: random generators, buffers, the state of torchmetrics, what was logged, and the LightningModule's own attributes
@@ -74,6 +74,62 @@ class StepState:
             for name, value in _copied(state).items():
                 setattr(metric, name, value)
         vars(self._trainer.lightning_module).update(self._attributes)
+
+
+class StepStart:
+    """What a checkpoint must say of the step under way, which a resumed run takes again from its beginning.
+
+    Attributes:
+        rng: The generators as they were when the step began; ``None`` between steps. All of them where Lightning may validate,
+            and save, inside the step; torch's alone where it cannot, as numpy's take fifty times as long.
+        restored: The generators that a checkpoint brought, until training goes on with them.
+    """
+
+    def __init__(self) -> None:
+        self.rng: dict[str, Any] | None = None
+        self.restored: dict[str, Any] | None = None
+        self._state: dict[str, Tensor] = {}
+
+    def note(self, trainer: Trainer, split: bool) -> None:
+        """Note the beginning of a step.
+
+        Args:
+            trainer: The Trainer.
+            split: Whether the step has several micro-batches.
+        """
+        device = trainer.strategy.root_device
+        self.rng = rng_state(device) if split else torch_rng_state(device)
+        if split:
+            module = trainer.lightning_module
+            weights = {name for name, _ in module.named_parameters()}
+            # buffers, and the metrics that are saved
+            state = ((name, value) for name, value in module.state_dict().items() if name not in weights)
+            self._state = {name: value.clone() for name, value in state if isinstance(value, Tensor)}
+
+    def clear(self) -> None:
+        """The step is taken."""
+        self.rng = None
+        self._state.clear()
+
+    def write(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[Any]:
+        """Put the module's state back to the step's beginning in a checkpoint.
+
+        Returns:
+            The generators of every process.
+        """
+        weights = checkpoint["state_dict"]
+        weights.update({name: value for name, value in self._state.items() if name in weights})
+        state = rng_state(trainer.strategy.root_device) | (self.rng or {})
+        states: list[Any] = [state]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, state)
+        return states
+
+    def restore(self, trainer: Trainer) -> None:
+        """Put the generators into the state that a checkpoint brought, if there was one."""
+        if self.restored is not None:
+            set_rng_state(self.restored, trainer.strategy.root_device)
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:

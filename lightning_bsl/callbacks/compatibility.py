@@ -1,0 +1,316 @@
+"""What cannot work beside a scheduled batch size, and what to write instead."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from contextlib import ExitStack
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn import Module, SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from lightning_bsl.callbacks.micro_batches import StepSplitter
+from lightning_bsl.callbacks.sources import DataSource, limit_of
+from lightning_bsl.data.datamodule import BatchSizeDataModule
+from lightning_bsl.schedules import Constant, JointSchedule, Plan, ScalingRule
+
+
+def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule, max_device_batch_size: object) -> None:
+    """Refuse what can be seen in ``setup``.
+
+    Raises:
+        MisconfigurationException: Something in the fit cannot work.
+    """
+    _refuse_company(trainer, schedule)
+    accumulate = trainer.accumulate_grad_batches
+    if accumulate != 1 and isinstance(trainer.datamodule, BatchSizeDataModule):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            f"`accumulate_grad_batches={accumulate}` with a BatchSizeDataModule: its batch size "
+            "is already that of a whole optimizer step. Write `accumulate_grad_batches=1` and the batch size you want"
+        )
+    if accumulate != 1 and max_device_batch_size is not None:
+        raise MisconfigurationException(
+            f"`accumulate_grad_batches={accumulate}` and `max_device_batch_size={max_device_batch_size!r}` both say how a step "
+            "is cut. Write `accumulate_grad_batches=1`"
+        )
+    if not pl_module.automatic_optimization and trainer.max_steps != -1:
+        raise MisconfigurationException(
+            f"with manual optimization `max_steps={trainer.max_steps}` counts the calls of `optimizer.step`, and nobody knows how "
+            "many of them a batch makes, so the end of the run is not known. Bound it by `max_epochs`, with "
+            "`limit_train_batches` for a part of an epoch, or by `max_time`"
+        )
+    if max_device_batch_size == "auto":
+        _refuse_auto(trainer, pl_module)
+
+
+def _refuse_auto(trainer: Trainer, pl_module: LightningModule) -> None:
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "with manual optimization nobody can repeat a step that ran out of memory: leave out `max_device_batch_size='auto'`"
+        )
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"with {type(trainer.strategy).__name__} a process that runs out of memory leaves the others waiting for its "
+            "parameters: write a number for `max_device_batch_size`"
+        )
+
+
+def _refuse_company(trainer: Trainer, schedule: JointSchedule) -> None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise MisconfigurationException(
+            "GradientAccumulationScheduler changes the batch of an optimizer step behind BatchLRScheduler's back; remove "
+            "it and write the growth as `BatchLRScheduler(batch_size=...)`"
+        )
+    if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
+        raise MisconfigurationException(
+            "BatchSizeFinder sets the batch size that BatchLRScheduler schedules; remove it and bound the schedule with "
+            "`maximum=...`"
+        )
+    if schedule.lr is not None and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise MisconfigurationException(
+            f"StochasticWeightAveraging and BatchLRScheduler(lr={schedule.lr}) would both set the rate; write "
+            "`lr=None`, or leave one of the two out"
+        )
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            "DeepSpeed's engine divides the loss and takes its steps by numbers of its own, which BatchLRScheduler does not "
+            "set; use `strategy='ddp'`"
+        )
+
+
+def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, plan: Plan | None, largest: int) -> None:
+    """Look at what splitting steps into micro-batches does to the rest of the fit.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        data: The training data.
+        plan: The plan of the run, if there is one.
+        largest: Examples of the run's largest step.
+
+    Raises:
+        MisconfigurationException: Steps will be split and something in the fit cannot bear it.
+    """
+    cut = data.cut
+    if len(cut(largest, largest)) == 1:
+        return
+    cap = f"max_device_batch_size={cut.max_device_batch_size}"
+    limit, sizes = limit_of(trainer), {stage.batch_size for stage in plan.stages} if plan else {largest}
+    whole = cut.accumulate > 1 and isinstance(limit, int) and limit % cut.accumulate == 0
+    if (isinstance(limit, int) or limit != 1.0) and not (
+        whole and all(size % (cut.accumulate * cut.world_size) == 0 for size in sizes)
+    ):
+        by = f"accumulate_grad_batches={cut.accumulate}" if cut.accumulate > 1 else cap
+        raise MisconfigurationException(
+            f"`limit_train_batches={limit}` counts micro-batches where `{by}` "
+            "splits the steps, and would end inside one; write `BatchSizeDataModule(samples_per_epoch=...)` or "
+            "`Trainer(max_steps=...)`"
+        )
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"with manual optimization nobody can split a step of {largest} examples into micro-batches of "
+            f"{cut.max_device_batch_size}; leave out `max_device_batch_size`"
+        )
+    _check_beside(trainer, data, plan)
+    if any(isinstance(module, _BatchNorm) for module in pl_module.modules()) and cut.max_device_batch_size:
+        rank_zero_warn(
+            f"the model has BatchNorm, whose statistics are those of a micro-batch: steps of more than "
+            f"{cut.max_device_batch_size} examples a process will not train exactly as in one piece"
+        )
+
+
+def _batches(data: DataSource, plan: Plan | None) -> Counter[int]:
+    """The micro-batches of each epoch of a plan."""
+    batches: Counter[int] = Counter()
+    for run in itertools.chain.from_iterable(plan.runs if plan else ()):
+        rest = run.examples - (run.steps - 1) * run.batch_size
+        batches[run.start.epoch] += (run.steps - 1) * len(data.cut(run.batch_size, run.batch_size))
+        batches[run.start.epoch] += len(data.cut(rest, run.batch_size)) if rest else 1
+    return batches
+
+
+def _check_beside(trainer: Trainer, data: DataSource, plan: Plan | None) -> None:
+    """Refuse an epoch that another loader ends inside a step."""
+    epoch = data.epoch(trainer)
+    beside = epoch.beside if epoch else None
+    if beside is None or not beside.lengths:
+        return
+    ends, other = (min, min(beside.lengths)) if beside.mode == "min_size" else (max, max(beside.lengths))
+    for number, count in _batches(data, plan).items():
+        if ends(count, other) != count:
+            raise MisconfigurationException(
+                f"in epoch {number} another loader, of {other} batches, decides how long the epoch is, and may end it inside a "
+                "step that is split into micro-batches. Leave out `max_device_batch_size`, or give that loader another length"
+            )
+
+
+class _OneExample:
+    """Looks, at the first batch, whether a BatchNorm would fail on one example: what an example gives it is known only there."""
+
+    def __init__(self, splitter: StepSplitter, message: str) -> None:
+        self.splitter, self.message = splitter, message
+        self.hooks: dict[Module, RemovableHandle] = {}
+
+    def __call__(self, module: Module, inputs: tuple[Tensor, ...]) -> None:
+        if not module.training or not self.splitter.under_way:
+            return
+        values = inputs[0].numel() // inputs[0].shape[1]  # of each channel
+        if values <= self.splitter.micro_batch:
+            raise MisconfigurationException(self.message)
+        self.hooks[module].remove()
+
+
+def check_batch_norm(
+    pl_module: LightningModule, data: DataSource, plan: Plan | None, splitter: StepSplitter, undo: ExitStack
+) -> None:
+    """Have the first step fail where BatchNorm would fail on a later one: it needs two values of each channel.
+
+    Args:
+        pl_module: The LightningModule.
+        data: The training data.
+        plan: The plan of the run, if there is one.
+        splitter: Knows the examples of the batch under way.
+        undo: Takes the hooks off again when it is closed.
+    """
+    kinds = [each for each in pl_module.modules() if isinstance(each, _BatchNorm) and not isinstance(each, SyncBatchNorm)]
+    for run in itertools.chain.from_iterable(plan.runs if plan and kinds else ()):
+        rest = run.examples - (run.steps - 1) * run.batch_size
+        for size in ([run.batch_size] if run.steps > 1 else []) + [rest]:
+            if size and any(part.stop - part.start <= 1 for part in data.cut(size, run.batch_size)):
+                check = _OneExample(
+                    splitter,
+                    f"in epoch {run.start.epoch} a step has {size} example{'s' * (size > 1)}, so that a batch of one example is "
+                    "trained, and BatchNorm needs two. Leave out the last, short step (`drop_last=True`), or choose other batch "
+                    "sizes or another `max_device_batch_size`",
+                )
+                for module in kinds:
+                    check.hooks[module] = module.register_forward_pre_hook(check)
+                    undo.callback(check.hooks[module].remove)
+                return
+
+
+def check_grows(trainer: Trainer, data: DataSource, plan: Plan | None, schedule: JointSchedule) -> None:
+    """Say so where the batch size changes between epochs alone and there is no second epoch.
+
+    Args:
+        trainer: The Trainer.
+        data: The training data.
+        plan: The plan of the run, if there is one.
+        schedule: Batch size and learning rate.
+    """
+    data.check(plan)
+    endless = trainer.num_training_batches == math.inf
+    if (
+        not data.grows_inside
+        and not isinstance(schedule.batch_size, Constant)
+        and (trainer.max_epochs == 1 or endless or (plan is not None and plan.epochs <= 1))
+    ):
+        rank_zero_warn(
+            f"the batch size of this training loader changes between epochs alone, and the run has "
+            f"{'an epoch without a known end' if endless else 'one epoch'}, so it may never change. To grow inside an epoch, "
+            "give a DataLoader over a data set with `__len__` and `__getitem__`, without a `batch_sampler`"
+        )
+
+
+def check_ceiling(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse to look for the memory ceiling where the processes meet inside the model.
+
+    Raises:
+        MisconfigurationException: The model has SyncBatchNorm and there are several processes.
+    """
+    if trainer.world_size > 1 and any(isinstance(module, SyncBatchNorm) for module in pl_module.modules()):
+        raise MisconfigurationException(
+            "with SyncBatchNorm a process that runs out of memory leaves the others waiting for its statistics: write a number "
+            "for `max_device_batch_size`"
+        )
+
+
+def check_beside_scheduler(trainer: Trainer, schedule: JointSchedule) -> None:
+    """Refuse two owners of one learning rate: a scaling rule multiplies what a scheduler sets, all else replaces it.
+
+    Raises:
+        MisconfigurationException: The module has a scheduler, and ``lr`` is neither ``None`` nor a scaling rule.
+    """
+    if trainer.lr_scheduler_configs and not (schedule.lr is None or isinstance(schedule.lr, ScalingRule)):
+        names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+        raise MisconfigurationException(
+            f"`configure_optimizers` returns a learning-rate scheduler ({names}) and BatchLRScheduler has "
+            f"`lr={schedule.lr}`: both would set the learning rate. Return the optimizer alone, or write `lr=None` to leave "
+            "the learning rate to the module, or a scaling rule, such as `lr=SqrtScaling(...)`, to multiply it"
+        )
+
+
+def refuse_sharded(trainer: Trainer, name: str, needs: str) -> None:
+    """Refuse strategies of which no process holds the whole model.
+
+    Args:
+        trainer: The Trainer.
+        name: What cannot work with them.
+        needs: What it needs whole.
+
+    Raises:
+        MisconfigurationException: The strategy is one of these.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"{name} needs whole {needs}, which {type(trainer.strategy).__name__} does not keep; use "
+            "`strategy='ddp'`, or leave it out"
+        )
+
+
+def check_val_interval(trainer: Trainer, data: DataSource, plan: Plan | None) -> None:
+    """Refuse an interval between validations that a later, larger batch would leave no room for.
+
+    Args:
+        trainer: The Trainer.
+        data: The training data.
+        plan: The plan of the run, if there is one.
+
+    Raises:
+        MisconfigurationException: An int ``val_check_interval`` above the batches of a later epoch.
+    """
+    interval = trainer.val_check_interval
+    if plan is None or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+        return
+    whole = [count for epoch, count in _batches(data, plan).items() if epoch < int(plan.epochs + 1e-4)]
+    if interval > (batches := min(whole, default=interval)):
+        raise MisconfigurationException(
+            f"`val_check_interval={interval}` counts batches, but as the batch size grows an epoch will have only "
+            f"{batches} of them; write a fraction (1.0 for the end of the epoch), or `check_val_every_n_epoch=None` to "
+            "count over all epochs"
+        )
+
+
+def check_same_on_all_processes(trainer: Trainer, plan: Plan | None, data: DataSource) -> None:
+    """Refuse plans that differ between the processes, which would then wait for each other forever, and orders that differ.
+
+    Args:
+        trainer: The Trainer.
+        plan: The plan of the run, if there is one.
+        data: The training data.
+
+    Raises:
+        MisconfigurationException: This process has another plan or order than the first, or another process has.
+    """
+    if trainer.world_size == 1:
+        return
+    remedies = (
+        (plan, "the processes do not plan the same batch sizes and learning rates: the schedule, or the length of the training "
+         "set, differs between them. Make both depend on nothing that a process measures or reads for itself"),
+        (data.drawn(), "the sampler of the training loader gives another order on each process, but the processes share every step: "
+         "give it the same seed everywhere, and let it give all examples, not one process's part"),
+    )  # fmt: skip
+    for value, message in remedies:
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()
+        if not trainer.strategy.reduce_boolean_decision(digest == trainer.strategy.broadcast(digest)):
+            raise MisconfigurationException(message)

@@ -1,0 +1,248 @@
+"""The gradient of the mean loss over the whole training set, as a callback and as a trigger measure it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from tqdm import tqdm
+
+from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
+from lightning_bsl.callbacks.compatibility import refuse_sharded
+from lightning_bsl.callbacks.loop import to_device
+from lightning_bsl.callbacks.micro_batches import cut, halved_to_fit
+from lightning_bsl.callbacks.snapshot import Snapshot
+from lightning_bsl.callbacks.sources import as_combined
+from lightning_bsl.data.datamodule import data_parallel
+from lightning_bsl.data.orders import SamplerOrder, order_of
+from lightning_bsl.data.sampler import GlobalBatchSampler, Permutation, epoch_generator, share_of
+
+
+class FullGradient(NamedTuple):
+    """One measurement.
+
+    Args:
+        norm: Euclidean norm of the gradient of the mean loss, over all trainable parameters.
+        loss: The mean loss.
+    """
+
+    norm: float
+    loss: float
+
+
+class FullGradientMeasurer:
+    """Measures the gradient of the mean loss over the examples that a training loader trains on.
+
+    The examples are those that the loader's sampler gives, each once: of a permutation all, of a sampler that draws (weighted,
+    a subset) those of its first epoch.
+
+    Args:
+        subset: Only that many random examples, the same ones every time; all by default.
+        batch_size: Examples at once, on each process; halved where they do not fit in memory.
+        seed: Seed of the choice of the subset, and of what a sampler draws.
+    """
+
+    def __init__(self, subset: int | None = None, batch_size: int = 1024, seed: int = 0) -> None:
+        for name, value in (("subset", 1 if subset is None else subset), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"`{name}={value}` must be 1 or more")
+        self.subset, self.batch_size, self.seed = subset, batch_size, seed
+        self.loader: DataLoader[Any] | None = None
+        self.number = 0  # of the examples
+        self._fitting = batch_size  # examples that fit in memory at once
+        self._names: Any = None  # the collection in which the loader is, if it is in one
+
+    def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what can be seen in ``on_fit_start``.
+
+        Raises:
+            MisconfigurationException: Sharded parameters, or manual optimization without ``full_loss``.
+        """
+        refuse_sharded(trainer, "FullGradientNorm", "parameters")
+        if not pl_module.automatic_optimization and not hasattr(pl_module, "full_loss"):
+            raise MisconfigurationException(
+                "with manual optimization `training_step` takes optimizer steps, so FullGradientNorm cannot call it: give "
+                f"{type(pl_module).__name__} a method `full_loss(batch)` that returns the mean loss"
+            )
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the training loader; in ``on_train_start``.
+
+        Raises:
+            ValueError: A subset larger than the training set.
+            MisconfigurationException: Something that cannot be measured.
+        """
+        self.refuse(trainer, pl_module)
+        own = hasattr(pl_module, "full_loss")
+        given = as_combined(trainer.train_dataloader)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        scheduled = next((each.training_loader for each in callbacks if isinstance(each, BatchLRScheduler)), None)
+        if len(given.flattened) != 1 and not own:
+            raise MisconfigurationException(
+                f"there are {len(given.flattened)} training loaders, so it is not known what the mean loss over the training set "
+                f"is: give {type(pl_module).__name__} a method `full_loss(batch)`, which is called with batches of "
+                "the scheduled loader, or of the first one where there is no BatchLRScheduler"
+            )
+        loader = scheduled if scheduled is not None else given.flattened[0] if given.flattened else None
+        self._names = None if own or loader is given.iterables else given.iterables
+        if self._names is not None and len(self._names) != 1:
+            raise MisconfigurationException(
+                f"the training loader lies in a collection of collections: give {type(pl_module).__name__} a method "
+                "`full_loss(batch)`"
+            )
+        self.loader = self._make_loader(trainer, loader)
+
+    def end(self) -> None:
+        """End the loader's workers: left to the garbage collector, each of them takes five seconds."""
+        self.loader = None
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> FullGradient:
+        """Measure now; every process has to.
+
+        Args:
+            trainer: The Trainer, in a fit.
+            pl_module: Its LightningModule.
+        """
+        parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        loss_total = torch.zeros((), dtype=totals[0].dtype, device=pl_module.device)
+        with undisturbed(trainer, pl_module):
+            for batch, count in self._batches(trainer):
+                self._add(pl_module, batch, count, parameters, totals, loss_total)
+        if data_parallel(trainer)[1] > 1:
+            for total in (*totals, loss_total):
+                torch.distributed.all_reduce(total)
+        # there is no float64 on Apple GPUs
+        norm = torch.linalg.vector_norm(torch.stack([each.cpu().double() for each in torch._foreach_norm(totals)]))
+        return FullGradient(norm.item() / self.number, loss_total.item() / self.number)
+
+    def _add(
+        self, module: LightningModule, batch: Any, count: int, parameters: Sequence[Tensor], totals: list[Tensor], loss: Tensor
+    ) -> None:
+        """Add a batch's loss and gradients, both times its examples."""
+        mean_loss = getattr(module, "full_loss", None) or partial(training_loss, module)
+        done = 0
+
+        def add(size: int) -> None:
+            nonlocal done
+            while done < count:
+                examples = min(size, count - done)
+                part_loss = mean_loss(batch if examples == count else cut(batch, done, examples, count))
+                gradients = torch.autograd.grad(part_loss, parameters, allow_unused=True)
+                found = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
+                parts = [gradient.to(total.dtype) for total, gradient in found]
+                torch._foreach_add_([total for total, _ in found], parts, alpha=examples)
+                loss.add_(part_loss.detach() * examples)
+                done += examples
+
+        size = min(count, self._fitting)
+        fitted, _ = halved_to_fit(size, add)
+        if fitted < size:
+            self._fitting = fitted
+
+    def _batches(self, trainer: Trainer) -> Iterator[tuple[Any, int]]:
+        """This process's share of the examples, on its device, and how many of them there are in each batch."""
+        assert self.loader is not None
+        silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        sampler = cast("list[list[int]]", self.loader.batch_sampler)
+        for batch, indices in zip(tqdm(self.loader, "full gradient", len(sampler), leave=False, disable=silent), sampler):
+            yield to_device(trainer, self._named(batch)), len(indices)
+
+    def _named(self, batch: Any) -> Any:
+        """The batch in the collection that ``training_step`` expects."""
+        if self._names is None:
+            return batch
+        return dict.fromkeys(self._names, batch) if isinstance(self._names, Mapping) else type(self._names)([batch])
+
+    def _make_loader(self, trainer: Trainer, loader: Any) -> DataLoader[Any]:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+            raise MisconfigurationException(
+                "the full gradient needs a training DataLoader over a data set that has a length (`__len__` and `__getitem__`), "
+                "which puts batches together from examples (`batch_size` is not None)"
+            )
+        indices: Any = self._examples(trainer, loader)
+        self.number = len(indices)
+        if self.subset is not None:
+            if self.subset > self.number:
+                raise ValueError(f"`subset={self.subset}` is more than the {self.number} training examples")
+            chosen = torch.randperm(self.number, generator=epoch_generator(self.seed, 0, stream=2))[: self.subset]
+            indices = [indices[i] for i in chosen.sort().values.tolist()]
+            self.number = self.subset
+        share = indices[share_of(self.number, *data_parallel(trainer))]
+        batches = [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
+        if getattr(loader.dataset, "takes_tensors", False):
+            batches = [torch.tensor(batch) for batch in batches]
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=batches,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            persistent_workers=loader.num_workers > 0,
+            pin_memory=loader.pin_memory,
+            generator=torch.Generator(),  # of its own: making an iterator must not draw from the global one
+        )
+
+    def _examples(self, trainer: Trainer, loader: DataLoader[Any]) -> list[Any]:
+        """Each distinct example that the loader trains on."""
+        batches: Any = loader.batch_sampler
+        if type(batches) is BatchSampler or isinstance(batches, GlobalBatchSampler):
+            order = order_of(loader, self.seed)
+            if isinstance(order, Permutation):
+                return list(range(order.num_examples))
+        if isinstance(batches, GlobalBatchSampler):
+            indices = cast(SamplerOrder, batches.order).first
+        else:
+            # a copy is asked: the sampler may count how often it was
+            theirs = batches.sampler if type(batches) is BatchSampler else batches
+            theirs = copy.deepcopy(theirs, {id(loader.dataset): loader.dataset})
+            indices = SamplerOrder(theirs, self.seed)(0)
+            if type(batches) is not BatchSampler:
+                indices = [index for batch in indices for index in batch]
+            if data_parallel(trainer)[1] > 1:  # a process's sampler gives its own part
+                parts: list[Any] = [None] * trainer.world_size
+                torch.distributed.all_gather_object(parts, indices)
+                indices = [index for part in parts for index in part]
+        distinct = list(dict.fromkeys(indices))
+        return sorted(distinct) if all(isinstance(index, int) for index in distinct) else distinct
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, module: LightningModule, evaluation: bool = True) -> Iterator[None]:
+    """Evaluation mode unless told otherwise, nothing logged; afterwards everything is as it was before."""
+    before, modes = Snapshot(trainer), [(each, each.training) for each in module.modules()]
+    quiet = {"log": _say_nothing, "log_dict": _say_nothing}
+    stage = trainer.state.stage
+    try:
+        vars(module).update(quiet)
+        if evaluation:
+            module.eval()
+            trainer.validating = True  # DataModules look here whether to augment
+        with torch.enable_grad():
+            yield
+    finally:
+        trainer.state.stage = stage
+        for name in quiet:
+            del vars(module)[name]
+        for each, training in modes:
+            each.training = training
+        before.restore()
+
+
+def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    """What ``training_step`` returns as the loss of a batch."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+    return cast(Tensor, output["loss"] if isinstance(output, Mapping) else output)
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """Stand in for ``log``."""

@@ -1,0 +1,345 @@
+"""The pieces that a step is made of, and the largest that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_bsl.callbacks.loop import Train
+from lightning_bsl.callbacks.snapshot import Snapshot
+from lightning_bsl.data.sampler import Cut
+
+T = TypeVar("T")
+
+
+class StepSplitter:
+    """The micro-batches of the step under way: which one is next, what each counts for, and when the step is complete.
+
+    Its place follows from the batches that came, trained or not. What each counts for follows from the examples: a step's
+    gradient is the mean over the examples that were trained, also where a micro-batch had nothing to train.
+
+    Args:
+        limit: Most examples of a micro-batch; ``None`` for no bound.
+
+    Attributes:
+        cut: How a step is cut; set when a fit begins.
+        examples: Examples of the step, over all processes.
+        pieces: This process's micro-batches.
+        part: Index of the current one.
+        corrected: What the gradients were multiplied by already, since micro-batches had nothing to train.
+
+    Example:
+        >>> splitter = StepSplitter(limit=2)
+        >>> splitter.begin_fit(Cut(max_device_batch_size=2))
+        >>> splitter.begin(examples=4, batch_size=4)
+        >>> splitter.weight, splitter.end_piece(), splitter.note_backward(), splitter.end_piece()
+        (0.5, False, None, True)
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.cut = Cut()
+        self.examples = 0
+        self.pieces: tuple[slice, ...] = ()
+        self.part = 0
+        self.corrected = 1.0
+        self._counts: list[int] = []  # examples of the micro-batches so far
+        self._with_loss: set[int] = set()  # the indices of those that had one
+
+    def begin_fit(self, cut: Cut) -> None:
+        """Begin a fit, in which every step is cut by ``cut``."""
+        self.cut = cut
+        self.drop()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return bool(self.pieces)
+
+    @property
+    def split(self) -> bool:
+        """Whether the step has several micro-batches."""
+        return len(self.pieces) > 1
+
+    @property
+    def last(self) -> bool:
+        """Whether the current micro-batch is the step's last."""
+        return self.part == len(self.pieces) - 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of the current micro-batch."""
+        return self._counts[-1]
+
+    @property
+    def consumed(self) -> int:
+        """Examples of this process's micro-batches so far, the current one included."""
+        return sum(self._counts)
+
+    @property
+    def weight(self) -> float:
+        """What the mean loss of the current micro-batch counts for in the step's, where processes are averaged."""
+        if not self.examples or len(self.pieces) == self.cut.world_size == 1:
+            return 1.0
+        return self.micro_batch * self.cut.world_size / self.examples
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any micro-batch of the step had a loss so far."""
+        return bool(self._with_loss)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the current micro-batch had a loss."""
+        return self.part in self._with_loss
+
+    @property
+    def correction(self) -> float:
+        """What the sum of the gradients is to be multiplied by to be the mean over what was trained."""
+        if not self.split:
+            return 1.0
+        share, trained = self.pieces[-1].stop - self.pieces[0].start, sum(self._counts[i] for i in self._with_loss)
+        return share / trained if 0 < trained != share else 1.0
+
+    def begin(self, examples: int, batch_size: int) -> None:
+        """Begin a step.
+
+        Args:
+            examples: Of the step, over all processes; 0 where it trains on other loaders alone.
+            batch_size: What the schedule says.
+        """
+        self.pieces = self.cut(examples, batch_size) if examples else (slice(0, 0),)
+        self.examples, self.part, self.corrected, self._with_loss, self._counts = examples, 0, 1.0, set(), []
+
+    def begin_piece(self, examples: int | None = None) -> None:
+        """Begin the current micro-batch.
+
+        Args:
+            examples: What was counted in it, where that is not as cut.
+        """
+        del self._counts[self.part :]
+        piece = self.pieces[self.part]
+        self._counts.append(piece.stop - piece.start if examples is None else examples)
+
+    def note_backward(self) -> None:
+        """The current micro-batch has a loss."""
+        self._with_loss.add(self.part)
+
+    def end_piece(self, ended: bool = False) -> bool:
+        """The current micro-batch is over; return whether the step is complete.
+
+        Args:
+            ended: Whether the epoch ends with it: Lightning then steps.
+        """
+        if self.last or ended:
+            self.drop()
+            return True
+        self.part += 1
+        return False
+
+    def drop(self) -> None:
+        """There is no step under way: the last one is complete, or the epoch ended inside it."""
+        self.pieces = ()
+
+    def windows(self, batch_idx: int) -> int:
+        """The ``accumulate_grad_batches`` that has Lightning step at the last micro-batch alone, and never clear gradients.
+
+        Lightning steps when ``(i + 1) % accumulate == 0`` and clears the gradients when ``i % accumulate == 0``.
+
+        Args:
+            batch_idx: Index of the current micro-batch in the epoch, i.
+        """
+        if not self.split:
+            return 1
+        return batch_idx + 1 if self.last else batch_idx + 2
+
+
+class MemoryCeiling(StepSplitter):
+    """Takes steps whole where memory allows, else in the largest micro-batches that fit.
+
+    A step that runs out of memory is undone and repeated in micro-batches of half the size, which is then the bound for all
+    later steps. Over several processes none can repeat a step alone, since the others wait for its gradients: there each new
+    size is tried first, its gradients thrown away, and all processes go by the one that has the least memory.
+
+    The loader gives whole steps; they are cut here.
+
+    Attributes:
+        size: The bound on a micro-batch's examples, ``None`` as long as every step fitted whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size: int | None = None
+        self._tried = 0  # the largest size that fitted on every process
+        self._stepped = False
+
+    def begin(self, examples: int, batch_size: int) -> None:
+        """Begin a step, in one piece."""
+        self.cut = replace(self.cut, max_device_batch_size=None)
+        super().begin(examples, batch_size)
+
+    def step(self, trainer: Trainer, batch: Any, train: Train) -> Tensor | None:
+        """Train a step.
+
+        Args:
+            trainer: The Trainer.
+            batch: This process's share of the step: tensors whose first dimension is the share, in lists, tuples and dicts.
+            train: Trains a part of the batch: ``train(part, first, last)``.
+
+        Returns:
+            The mean loss over the share.
+
+        Raises:
+            RuntimeError: Out of memory with one example; or with several processes, in a step of a size that had fitted.
+            MisconfigurationException: A batch that has to be split and cannot be.
+        """
+        largest = -(-self.examples // self.cut.world_size)
+        size = min(largest, self.size or largest)
+        if self.cut.world_size == 1:
+            return self._alone(trainer, batch, size, train)
+        if size > self._tried:
+            while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, batch, size, train)):
+                if size == 1:
+                    raise torch.OutOfMemoryError(
+                        "out of memory with micro-batches of one example, on one of the processes at least"
+                    )
+                _warn_of(size)
+                size = self.size = -(-size // 2)
+            self._tried = size
+        try:
+            loss = self._train(batch, size, train)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(
+                f"out of memory with micro-batches of {size} examples, which had fitted before; with several processes "
+                f"none can repeat the step alone. Resume from the last checkpoint with `max_device_batch_size={size // 2}`"
+            ) from error
+        if not self._stepped:  # the optimizer has its buffers only now, so what was tried has to prove itself beside them
+            self._stepped, self._tried = True, 0
+        return loss
+
+    def _alone(self, trainer: Trainer, batch: Any, size: int, train: Train) -> Tensor | None:
+        """Train a step, and train it again in smaller pieces where it did not fit."""
+        before = Snapshot(trainer)
+
+        def undo() -> None:
+            before.restore()
+            _warn_of(cast(int, self.cut.max_device_batch_size))
+
+        fitted, loss = halved_to_fit(size, lambda part: self._train(batch, part, train), undo)
+        if fitted < size:
+            self.size = fitted
+        return loss
+
+    def _fits(self, trainer: Trainer, batch: Any, size: int, train: Train) -> bool:
+        """Try the first micro-batch, with the other processes."""
+        model = trainer.strategy.model
+        before, syncs = Snapshot(trainer), getattr(model, "require_forward_param_sync", False)
+        if isinstance(model, DistributedDataParallel):
+            model.require_forward_param_sync = False  # a process without memory would not get to where the next is turned off
+        try:
+            self._train(batch, size, train, trial=True)
+            fits = True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        if not fits:
+            garbage_collection_cuda()  # only now is the error gone, which held the frames and thereby their tensors
+        before.restore()
+        if isinstance(model, DistributedDataParallel):
+            model.require_forward_param_sync = syncs
+        return fits
+
+    def _train(self, batch: Any, size: int, train: Train, trial: bool = False) -> Tensor | None:
+        """Train the step in micro-batches of ``size``, or the first of them; return the mean loss over what was trained."""
+        self.cut = replace(self.cut, max_device_batch_size=size or None)
+        super().begin(self.examples, self.examples)
+        self.begin_piece()
+        first = self.pieces[0].start
+        share = self.pieces[-1].stop - first
+        loss: Tensor | None = None
+        for i, part in enumerate(self.pieces[:1] if trial else self.pieces):
+            if i:
+                self.end_piece()
+                self.begin_piece()
+            piece = cut(batch, part.start - first, self.micro_batch, share) if self.split else batch
+            part_loss = train(piece, i == 0 and not trial, not trial and self.last)
+            if part_loss is not None:
+                part_loss = part_loss * (self.micro_batch / max(1, share)) if self.split else part_loss
+                loss = part_loss if loss is None else loss + part_loss
+        return loss if loss is None or trial else loss * self.correction
+
+
+def _warn_of(size: int) -> None:
+    rank_zero_warn(
+        f"out of memory with micro-batches of {size} examples; going on with {-(-size // 2)}. (BatchNorm, if there is any, takes "
+        "its statistics from micro-batches.)"
+    )
+
+
+def halved_to_fit(size: int, attempt: Callable[[int], T], undo: Callable[[], None] | None = None) -> tuple[int, T]:
+    """Attempt something with ``size`` examples at once, and with half of them wherever memory runs out.
+
+    Args:
+        size: Examples at once, to begin with.
+        attempt: Called with the number of examples.
+        undo: Called after an attempt that failed.
+
+    Returns:
+        The number that fitted, and what the attempt returned.
+
+    Raises:
+        RuntimeError: Out of memory with one example.
+    """
+    while True:
+        try:
+            return size, attempt(size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or size <= 1:
+                raise
+        garbage_collection_cuda()  # only now is the error gone, which held the frames and thereby their tensors
+        if undo is not None:
+            undo()
+        size = -(-size // 2)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
+
+
+def cut(value: Any, start: int, count: int, share: int) -> Any:
+    """``count`` of a batch's examples; one where there are none, since even a process without a share takes part."""
+    if isinstance(value, Tensor) or _is_leaf(value):
+        if isinstance(value, Tensor) and not value.dim():
+            return value
+        if len(value) != share:
+            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a list of {len(value)}"
+            raise MisconfigurationException(
+                f"the step does not fit in memory, and `max_device_batch_size='auto'` cannot split its batch: it holds {kind} "
+                f"where {share} examples were expected in the first dimension. Write a number for `max_device_batch_size`"
+            )
+        return value[start : start + count] if count else value[:1]
+    if isinstance(value, Mapping):
+        return cast(Any, type(value))({name: cut(each, start, count, share) for name, each in value.items()})
+    if isinstance(value, (list, tuple)):
+        parts = [cut(each, start, count, share) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _is_leaf(value: Any) -> bool:
+    """Whether ``value`` is a list of what is one example's each, such as strings."""
+    nodes = (Tensor, Mapping, list, tuple)
+    return isinstance(value, (list, tuple)) and not any(isinstance(each, nodes) for each in value)

@@ -1,0 +1,98 @@
+"""Estimators of the gradient noise scale from the norms of gradients: numbers in, numbers out.
+
+McCandlish et al., *An Empirical Model of Large-Batch Training*, arXiv 1812.06162.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Estimate(NamedTuple):
+    """What one step says; either may be below 0 by chance.
+
+    Args:
+        sq_norm: Of ``|G|^2``, G being the mean gradient of an example.
+        variance: Of ``tr(Sigma)``, Sigma being the covariance of the gradients of single examples.
+    """
+
+    sq_norm: float
+    variance: float
+
+
+def estimate(small_sq_norm: float, small_size: float, big_sq_norm: float, big_size: float) -> Estimate:
+    """Estimate without bias from the gradients of two batch sizes (McCandlish et al., arXiv 1812.06162, appendix A.1).
+
+    Args:
+        small_sq_norm: Squared norm of the gradient over ``small_size`` examples, or the mean of several of them.
+        small_size: The smaller number of examples.
+        big_sq_norm: Squared norm of the gradient over ``big_size`` examples.
+        big_size: The larger number of examples.
+
+    Example:
+        >>> estimate(small_sq_norm=5 + 12 / 4, small_size=4, big_sq_norm=5 + 12 / 8, big_size=8)
+        Estimate(sq_norm=5.0, variance=12.0)
+    """
+    variance = (small_sq_norm - big_sq_norm) / (1 / small_size - 1 / big_size)
+    return Estimate(big_sq_norm - variance / big_size, variance)
+
+
+class Pieces(NamedTuple):
+    """Sums over the pieces that a step's gradient is made of; those of several processes add up.
+
+    A piece of n examples with mean gradient g counts with a weight w in the step's gradient: ``G_step = sum w g``. Since
+    ``E|g|^2 = |G|^2 + tr(Sigma)/n``, the means of ``|g|^2`` and of ``1/n`` by these weights are those of one small batch
+    whatever the sizes, and their difference from ``|G_step|^2`` is a mean of squares: ``sum w |g - G_step|^2``.
+
+    Args:
+        number: Of pieces.
+        weight: Sum of w.
+        sq_norm: Sum of ``w |g|^2``.
+        small: Sum of ``w / n``.
+        big: Sum of ``w^2 / n``.
+    """
+
+    number: float = 0.0
+    weight: float = 0.0
+    sq_norm: float = 0.0
+    small: float = 0.0
+    big: float = 0.0
+
+    def plus(self, examples: int, weight: float, sq_norm: float) -> Pieces:
+        """Count one more piece, of squared norm ``|g|^2``."""
+        piece = (1, weight, weight * sq_norm, weight / examples, weight**2 / examples)
+        return Pieces(*(a + b for a, b in zip(self, piece)))
+
+    def estimate(self, step_sq_norm: float) -> Estimate:
+        """Estimate from two pieces or more and the squared norm of the step's gradient."""
+        small_size, big_size = self.weight / self.small, self.weight**2 / self.big
+        # the weights do not sum to 1 where Lightning ends an epoch inside an accumulated step
+        return estimate(self.sq_norm / self.weight, small_size, step_sq_norm / self.weight**2, big_size)
+
+
+class MovingAverage:
+    """An exponential moving average, its start at 0 divided out (as Adam does, arXiv 1412.6980, section 3).
+
+    Args:
+        smoothing: Weight of the past.
+
+    Example:
+        >>> average = MovingAverage(0.75)
+        >>> average.add(3.0)
+        >>> average.value
+        3.0
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
+        self.total = self.weight = 0.0
+
+    def add(self, value: float) -> None:
+        """Take in a value."""
+        self.total = self.smoothing * self.total + (1 - self.smoothing) * value
+        self.weight = self.smoothing * self.weight + (1 - self.smoothing)
+
+    @property
+    def value(self) -> float | None:
+        """The average, ``None`` before the first value."""
+        return self.total / self.weight if self.weight else None
