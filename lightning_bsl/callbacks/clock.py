@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from lightning.pytorch import LightningModule
+
 from lightning_bsl.schedules import BatchLR, Horizon, JointSchedule, Progress
 
 _UNITS = ("epoch", "step", "samples")
@@ -130,3 +133,31 @@ class StepSetting:
         if sizes_at is progress:
             steps = min(steps, schedule.batch_steps_to_change(progress, batch_size))
         self.settled_until = progress.step + (1 if every_step else steps)
+
+    def log(
+        self, module: LightningModule, lr: float, samples: int, tokens_per_sample: int | None, on_step: bool, on_epoch: bool
+    ) -> None:
+        """Log the setting and the samples.
+
+        Args:
+            module: The LightningModule.
+            lr: What the first param group was trained with.
+            samples: Examples consumed so far.
+            tokens_per_sample: Tokens of an example, where they are to be logged too.
+            on_step: As of ``LightningModule.log``.
+            on_epoch: As of ``LightningModule.log``.
+        """
+        self.logged = self.value
+        values = {"batch_size": self.value.batch_size, "lr": lr, "samples": samples}
+        if tokens_per_sample is not None:
+            values["tokens"] = samples * tokens_per_sample
+        for name, value in values.items():
+            module.log(
+                name,
+                torch.tensor(value, dtype=torch.float64),  # float32 counts examples only up to 2**24
+                prog_bar=name not in ("samples", "tokens"),
+                on_step=on_step,
+                on_epoch=on_epoch,
+                reduce_fx="max",
+                batch_size=1,
+            )

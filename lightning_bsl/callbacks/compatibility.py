@@ -18,8 +18,9 @@ from torch.nn import Module, SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bsl.callbacks.loaders import limit_of
 from lightning_bsl.callbacks.micro_batches import StepSplitter
-from lightning_bsl.callbacks.sources import DataSource, limit_of
+from lightning_bsl.callbacks.sources import DataSource
 from lightning_bsl.data.datamodule import BatchSizeDataModule
 from lightning_bsl.schedules import Constant, JointSchedule, Plan, ScalingRule
 
@@ -44,8 +45,8 @@ def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule
         )
     if not pl_module.automatic_optimization and trainer.max_steps != -1:
         raise MisconfigurationException(
-            f"with manual optimization `max_steps={trainer.max_steps}` counts the calls of `optimizer.step`, and nobody knows how "
-            "many of them a batch makes, so the end of the run is not known. Bound it by `max_epochs`, with "
+            f"with manual optimization `max_steps={trainer.max_steps}` counts the calls of `optimizer.step`, and nobody knows "
+            "how many of them a batch makes, so the end of the run is not known. Bound it by `max_epochs`, with "
             "`limit_train_batches` for a part of an epoch, or by `max_time`"
         )
     if max_device_batch_size == "auto":
@@ -155,7 +156,7 @@ def _check_beside(trainer: Trainer, data: DataSource, plan: Plan | None) -> None
 
 
 class _OneExample:
-    """Looks, at the first batch, whether a BatchNorm would fail on one example: what an example gives it is known only there."""
+    """Looks, at the first batch, whether BatchNorm would fail on one example: what an example gives it is known only there."""
 
     def __init__(self, splitter: StepSplitter, message: str) -> None:
         self.splitter, self.message = splitter, message
@@ -189,9 +190,9 @@ def check_batch_norm(
             if size and any(part.stop - part.start <= 1 for part in data.cut(size, run.batch_size)):
                 check = _OneExample(
                     splitter,
-                    f"in epoch {run.start.epoch} a step has {size} example{'s' * (size > 1)}, so that a batch of one example is "
-                    "trained, and BatchNorm needs two. Leave out the last, short step (`drop_last=True`), or choose other batch "
-                    "sizes or another `max_device_batch_size`",
+                    f"in epoch {run.start.epoch} a step has {size} example{'s' * (size > 1)}, so that a batch of one example "
+                    "is trained, and BatchNorm needs two. Leave out the last, short step (`drop_last=True`), or choose other "
+                    "batch sizes or another `max_device_batch_size`",
                 )
                 for module in kinds:
                     check.hooks[module] = module.register_forward_pre_hook(check)
@@ -220,6 +221,38 @@ def check_grows(trainer: Trainer, data: DataSource, plan: Plan | None, schedule:
             f"{'an epoch without a known end' if endless else 'one epoch'}, so it may never change. To grow inside an epoch, "
             "give a DataLoader over a data set with `__len__` and `__getitem__`, without a `batch_sampler`"
         )
+
+
+def check_training(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    data: DataSource,
+    plan: Plan | None,
+    schedule: JointSchedule,
+    splitter: StepSplitter,
+    undo: ExitStack,
+) -> None:
+    """Refuse what can be seen in ``on_train_start``, and warn of the rest.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        data: The training data.
+        plan: The plan of the run, if there is one.
+        schedule: Batch size and learning rate.
+        splitter: Cuts the steps.
+        undo: Takes off, when it is closed, what looks at the first batch.
+
+    Raises:
+        MisconfigurationException: Something in the fit cannot work.
+    """
+    check_grows(trainer, data, plan, schedule)
+    sizes = [stage.batch_size for stage in plan.stages] if plan else []
+    largest = schedule.largest or max(sizes, default=schedule.batch_size_at(data.sizes_at()))
+    check_split(trainer, pl_module, data, plan, largest)
+    check_val_interval(trainer, data, plan)
+    check_same_on_all_processes(trainer, plan, data)
+    check_batch_norm(pl_module, data, plan, splitter, undo)
 
 
 def check_ceiling(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -304,13 +337,13 @@ def check_same_on_all_processes(trainer: Trainer, plan: Plan | None, data: DataS
     """
     if trainer.world_size == 1:
         return
-    remedies = (
-        (plan, "the processes do not plan the same batch sizes and learning rates: the schedule, or the length of the training "
-         "set, differs between them. Make both depend on nothing that a process measures or reads for itself"),
-        (data.drawn(), "the sampler of the training loader gives another order on each process, but the processes share every step: "
-         "give it the same seed everywhere, and let it give all examples, not one process's part"),
-    )  # fmt: skip
-    for value, message in remedies:
+    remedies = {
+        "the processes do not plan the same batch sizes and learning rates: the schedule, or the length of the training "
+        "set, differs between them. Make both depend on nothing that a process measures or reads for itself": plan,
+        "the sampler of the training loader gives another order on each process, but the processes share every step: "
+        "give it the same seed everywhere, and let it give all examples, not one process's part": data.drawn(),
+    }
+    for message, value in remedies.items():
         digest = hashlib.sha256(repr(value).encode()).hexdigest()
         if not trainer.strategy.reduce_boolean_decision(digest == trainer.strategy.broadcast(digest)):
             raise MisconfigurationException(message)

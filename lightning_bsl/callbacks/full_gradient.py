@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.compatibility import refuse_sharded
+from lightning_bsl.callbacks.loaders import as_combined
 from lightning_bsl.callbacks.loop import to_device
 from lightning_bsl.callbacks.micro_batches import cut, halved_to_fit
 from lightning_bsl.callbacks.snapshot import Snapshot
-from lightning_bsl.callbacks.sources import as_combined
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.orders import SamplerOrder, order_of
 from lightning_bsl.data.sampler import GlobalBatchSampler, Permutation, epoch_generator, share_of
@@ -88,8 +88,8 @@ class FullGradientMeasurer:
         scheduled = next((each.training_loader for each in callbacks if isinstance(each, BatchLRScheduler)), None)
         if len(given.flattened) != 1 and not own:
             raise MisconfigurationException(
-                f"there are {len(given.flattened)} training loaders, so it is not known what the mean loss over the training set "
-                f"is: give {type(pl_module).__name__} a method `full_loss(batch)`, which is called with batches of "
+                f"there are {len(given.flattened)} training loaders, so it is not known what the mean loss over the training "
+                f"set is: give {type(pl_module).__name__} a method `full_loss(batch)`, which is called with batches of "
                 "the scheduled loader, or of the first one where there is no BatchLRScheduler"
             )
         loader = scheduled if scheduled is not None else given.flattened[0] if given.flattened else None
@@ -166,7 +166,7 @@ class FullGradientMeasurer:
     def _make_loader(self, trainer: Trainer, loader: Any) -> DataLoader[Any]:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
             raise MisconfigurationException(
-                "the full gradient needs a training DataLoader over a data set that has a length (`__len__` and `__getitem__`), "
+                "FullGradientNorm needs a training DataLoader over a data set that has a length (`__len__` and `__getitem__`), "
                 "which puts batches together from examples (`batch_size` is not None)"
             )
         indices: Any = self._examples(trainer, loader)

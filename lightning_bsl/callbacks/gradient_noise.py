@@ -20,10 +20,45 @@ from torch.utils.hooks import RemovableHandle
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.full_gradient import training_loss, undisturbed
+from lightning_bsl.callbacks.loaders import batch_counts
 from lightning_bsl.callbacks.loop import logged_at, writes_step
 from lightning_bsl.callbacks.micro_batches import cut, is_out_of_memory
-from lightning_bsl.callbacks.sources import batch_counts
 from lightning_bsl.theory.noise_scale import Estimate, MovingAverage, Pieces, estimate
+
+
+class _StepGradients:
+    """The gradients of the step that is measured, piece by piece.
+
+    Attributes:
+        hooks: On the parameters, while a step is measured.
+        batch: The piece under way.
+        batch_idx: Its index in the epoch.
+        norms: Of the parameters' gradients in the backward pass under way.
+        pieces: Examples, weight in this process's gradient, and norms of each piece so far.
+    """
+
+    def __init__(self) -> None:
+        self.hooks: list[RemovableHandle] = []
+        self.batch: Any = None
+        self.batch_idx = 0
+        self.norms: list[Tensor] = []
+        self.pieces: list[tuple[int, float, Tensor]] = []
+
+    def watch(self, parameters: list[Tensor]) -> None:
+        """Note the gradient of each backward pass, before it is added to others or averaged over processes."""
+        self.hooks = [each.register_hook(lambda gradient: self.norms.append(_norm(gradient))) for each in parameters]
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def forget(self) -> None:
+        """There is no step that is measured."""
+        self.stop()
+        self.hooks, self.batch = [], None
+        self.norms.clear()
+        self.pieces.clear()
 
 
 class GradientNoiseScale(Callback):
@@ -68,12 +103,9 @@ class GradientNoiseScale(Callback):
         self.smoothing = smoothing
         self._sq_norm, self._variance = MovingAverage(smoothing), MovingAverage(smoothing)
         self._fitting = True  # not validating or testing
-        self._hooks: list[RemovableHandle] = []  # on the parameters, while a step is measured
-        self._batch: Any = None  # of the step that is measured
-        self._batch_idx = 0
-        self._norms: list[Tensor] = []  # of the parameters' gradients in the backward pass under way
-        self._pieces: list[tuple[int, float, Tensor]] = []  # examples, weight in this process's gradient, norms of that
+        self._step = _StepGradients()
         self._stepped = False
+        self._left_out = -1  # a step that is not measured: Lightning adds to the gradients of the one before
         self._counts: Callable[[int], int] | None = None  # the examples of a batch, where no scheduler knows them
 
     @property
@@ -110,7 +142,7 @@ class GradientNoiseScale(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See who knows how many examples a batch has."""
-        self._counts = None if self._scheduler(trainer) is not None else batch_counts(trainer)
+        self._counts = None if _scheduler(trainer) is not None else batch_counts(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as plain floats."""
@@ -125,64 +157,55 @@ class GradientNoiseScale(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks on the parameters."""
-        self._forget()
+        self._step.forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hooks on the parameters."""
-        self._forget()
+        self._step.forget()
 
     # --- training
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a step that the last epoch did not finish."""
-        self._forget()
+        self._step.forget()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the gradients of this step, if it is one to measure."""
-        if not self._hooks and (self._is_due(trainer, self.every) or self._is_due(trainer, self.extra_every)):
-            # fires with the gradient of each backward pass, before it is added to others or averaged over processes
-            self._hooks = [each.register_hook(self._note) for each in _parameters(trainer.optimizers[0])]
-        if self._hooks:
-            self._batch, self._batch_idx = batch, batch_idx
-
-    def _note(self, gradient: Tensor) -> None:
-        self._norms.append(_norm(gradient))
+        if not self._step.hooks and (self._is_due(trainer, self.every) or self._is_due(trainer, self.extra_every)):
+            self._step.watch(_parameters(trainer.optimizers[0]))
+        if self._step.hooks:
+            self._step.batch, self._step.batch_idx = batch, batch_idx
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin the step again: gradients so far were of one that ran out of memory."""
-        self._pieces.clear()
+        self._step.pieces.clear()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Begin a piece."""
-        self._norms.clear()
+        self._step.norms.clear()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note a piece."""
-        if self._hooks and self._norms:
+        if self._step.hooks and self._step.norms:
             examples, weight = self._micro_batch(trainer)
             if examples:  # else this process only keeps the others company
-                self._pieces.append((examples, weight, torch.stack(self._norms)))
-
-    def _scheduler(self, trainer: Trainer) -> BatchLRScheduler | None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, BatchLRScheduler)), None)
+                self._step.pieces.append((examples, weight, torch.stack(self._step.norms)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure: the gradients are whole, and not clipped yet."""
         self._stepped = True
-        if not self._hooks:
+        step, scheduler = self._step, _scheduler(trainer)
+        if not step.hooks:
             return
-        for hook in self._hooks:
-            hook.remove()
+        step.stop()
         scale = _loss_scale(trainer)
         pieces = Pieces()
-        for examples, weight, norms in self._pieces:
+        for examples, weight, norms in step.pieces:
             pieces = pieces.plus(examples, weight / trainer.world_size, _sq_sum([norms]) / (weight * scale) ** 2)
         gradients = [each.grad for each in _parameters(optimizer) if each.grad is not None]
         sq_norm = _sq_sum(map(_norm, gradients))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             sq_norm /= scale**2  # such an optimizer undoes the scale of the loss only as it steps
-        scheduler = self._scheduler(trainer)
         if scheduler is not None:  # what it made of the sum of the pieces' gradients, where some had nothing to train
             sq_norm /= scheduler.corrected**2
         if trainer.world_size > 1:  # the same numbers everywhere, down to the last bit
@@ -194,13 +217,16 @@ class GradientNoiseScale(Callback):
             if self._is_due(trainer, self.every):
                 self._record(pieces.estimate(sq_norm))
         elif pieces.number == 1 and trainer.world_size == 1 and self._is_due(trainer, self.extra_every):
-            self._measure_half(trainer, pl_module, self._pieces[0][0], sq_norm / pieces.weight**2)
-        self._forget()
+            self._measure_half(trainer, pl_module, step.pieces[0][0], sq_norm / pieces.weight**2)
+        step.forget()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log."""
+        if batch is None and _scheduler(trainer) is None:  # Lightning does not clear the gradients at such a batch
+            self._step.forget()
+            self._left_out = logged_at(trainer)
         if self._stepped and writes_step(trainer):
             self._log(pl_module, on_step=True, on_epoch=False)
         self._stepped = False
@@ -213,22 +239,16 @@ class GradientNoiseScale(Callback):
 
     def _is_due(self, trainer: Trainer, every: int | None) -> bool:
         """Whether the step under way is one of every ``every``; so the value is new when the Trainer logs."""
-        return every is not None and (logged_at(trainer) + 1) % every == 0
-
-    def _forget(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._batch = [], None
-        self._norms.clear()
-        self._pieces.clear()
+        steps = logged_at(trainer)
+        return every is not None and (steps + 1) % every == 0 and steps != self._left_out
 
     def _micro_batch(self, trainer: Trainer) -> tuple[int, float]:
         """Examples of the micro-batch under way, and what its mean loss was multiplied by."""
-        scheduler = self._scheduler(trainer)
+        scheduler = _scheduler(trainer)
         if scheduler is not None and scheduler.micro_batch is not None:
             return scheduler.micro_batch
         assert self._counts is not None
-        return self._counts(self._batch_idx), 1 / trainer.accumulate_grad_batches
+        return self._counts(self._step.batch_idx), 1 / trainer.accumulate_grad_batches
 
     def _measure_half(self, trainer: Trainer, module: LightningModule, examples: int, sq_norm: float) -> None:
         """Compute the gradient over half of the batch, and compare it with the step's over all of it."""
@@ -236,7 +256,7 @@ class GradientNoiseScale(Callback):
         if half < (2 if any(isinstance(each, _BatchNorm) for each in module.modules()) else 1):
             return
         try:
-            part = cut(self._batch, 0, half, examples)
+            part = cut(self._step.batch, 0, half, examples)
         except MisconfigurationException as error:
             raise MisconfigurationException(
                 "GradientNoiseScale cannot halve the batch, which holds other things than tensors and lists whose first "
@@ -261,7 +281,7 @@ class GradientNoiseScale(Callback):
         stance = getattr(torch.compiler, "set_stance", None)
         with undisturbed(trainer, module, evaluation=False), stance("force_eager") if stance else nullcontext():
             with trainer.precision_plugin.train_step_context():
-                loss = training_loss(module, part, self._batch_idx)
+                loss = training_loss(module, part, self._step.batch_idx)
             if loss is None:
                 return None
             gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
@@ -283,6 +303,11 @@ class GradientNoiseScale(Callback):
         }
         for name, value in values.items():
             pl_module.log(name, value, batch_size=1, **arguments)
+
+
+def _scheduler(trainer: Trainer) -> BatchLRScheduler | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, BatchLRScheduler)), None)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

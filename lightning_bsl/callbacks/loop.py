@@ -192,7 +192,7 @@ def set_batches_done(trainer: Trainer, batches: int) -> None:
     The checkpoint counted the micro-batches of the run that saved it, and those of a step that was not finished.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    current, total = progress.current, progress.total
+    current, total = progress.current, cast(Any, progress.total)
     # in `on_train_batch_end` the batch just done is not counted as completed yet; Lightning makes up for it on resume
     in_batch_end = total.ready == total.processed == total.completed + 1
     shift = batches - in_batch_end - current.completed

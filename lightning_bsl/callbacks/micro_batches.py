@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from lightning_bsl.callbacks.loop import Train
+from lightning_bsl.callbacks.loop import Train, take_step
 from lightning_bsl.callbacks.snapshot import Snapshot
 from lightning_bsl.data.sampler import Cut
 
@@ -110,6 +111,11 @@ class StepSplitter:
         share, trained = self.pieces[-1].stop - self.pieces[0].start, sum(self._counts[i] for i in self._with_loss)
         return share / trained if 0 < trained != share else 1.0
 
+    @property
+    def piece_begun(self) -> bool:
+        """Whether the current micro-batch has begun."""
+        return self.under_way and len(self._counts) > self.part
+
     def begin(self, examples: int, batch_size: int) -> None:
         """Begin a step.
 
@@ -134,6 +140,44 @@ class StepSplitter:
         """The current micro-batch has a loss."""
         self._with_loss.add(self.part)
 
+    def correct(self, optimizer: Optimizer) -> None:
+        """Make the gradient the mean over what was trained; before clipping.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+        """
+        factor = self.correction
+        if factor == 1 or self.corrected != 1:
+            return
+        self.corrected = factor
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def step_where_lightning_does_not(self, trainer: Trainer, batch_idx: int, given: bool) -> None:
+        """Take the step that is complete with a micro-batch that had nothing to train.
+
+        Args:
+            trainer: The Trainer.
+            batch_idx: Index of the batch.
+            given: Whether Lightning gave the batch to be trained: it is not ``None``.
+
+        Raises:
+            RuntimeError: A batch that is ``None`` on one of several processes.
+        """
+        if not given and trainer.world_size > 1:
+            raise RuntimeError(
+                "the training loader gave a batch that is None, while other processes train on theirs: none can skip a batch "
+                "alone. Have `collate_fn` leave out only what it cannot read, or put something in its place"
+            )
+        complete = self.last or trainer.is_last_batch
+        if not (self.split and complete and self.has_gradient) or self.has_loss:
+            return
+        # Lightning steps at a batch whose loss is None, but a loss scaler then leaves out the step
+        if not given or getattr(trainer.precision_plugin, "scaler", None) is not None:
+            take_step(trainer, batch_idx, counted=given)
+
     def end_piece(self, ended: bool = False) -> bool:
         """The current micro-batch is over; return whether the step is complete.
 
@@ -149,6 +193,13 @@ class StepSplitter:
     def drop(self) -> None:
         """There is no step under way: the last one is complete, or the epoch ended inside it."""
         self.pieces = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The largest micro-batch, where one was found."""
+        return {"micro_batch_size": None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
 
     def windows(self, batch_idx: int) -> int:
         """The ``accumulate_grad_batches`` that has Lightning step at the last micro-batch alone, and never clear gradients.
@@ -186,6 +237,14 @@ class MemoryCeiling(StepSplitter):
         """Begin a step, in one piece."""
         self.cut = replace(self.cut, max_device_batch_size=None)
         super().begin(examples, batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The largest micro-batch, where one was found."""
+        return {"micro_batch_size": self.size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.size = state["micro_batch_size"]
 
     def step(self, trainer: Trainer, batch: Any, train: Train) -> Tensor | None:
         """Train a step.
@@ -283,8 +342,8 @@ class MemoryCeiling(StepSplitter):
 
 def _warn_of(size: int) -> None:
     rank_zero_warn(
-        f"out of memory with micro-batches of {size} examples; going on with {-(-size // 2)}. (BatchNorm, if there is any, takes "
-        "its statistics from micro-batches.)"
+        f"out of memory with micro-batches of {size} examples; going on with {-(-size // 2)}. (BatchNorm, if there is any, "
+        "takes its statistics from micro-batches.)"
     )
 
 

@@ -1,0 +1,202 @@
+"""Map-style loaders, re-made so that they follow the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lightning_bsl.callbacks.clock import RunClock
+from lightning_bsl.callbacks.loaders import REMEDY, Ask, Asks, Epoch, as_combined, limit_of, obstacle, size_of
+from lightning_bsl.callbacks.loop import end_workers
+from lightning_bsl.callbacks.micro_batches import StepSplitter
+from lightning_bsl.data.datamodule import data_parallel
+from lightning_bsl.data.orders import SamplerOrder, order_of
+from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, remade
+from lightning_bsl.schedules import JointSchedule, Plan, Progress
+from lightning_bsl.schedules.functions import Function
+from lightning_bsl.schedules.plan import Beside
+
+
+class PlannedData:
+    """Map-style loaders, re-made with a sampler that follows the plan: ours or anybody's.
+
+    The batch size may change at any step. The loaders beside the scheduled one are re-made too, with their own batch size, so
+    that they can be resumed.
+
+    Args:
+        trainer: The Trainer.
+        given: The user's loaders; they stay as they are.
+        index: Which of them follows the schedule.
+        clock: The run's clock.
+        splitter: Knows what of the step under way is trained.
+        batch_size: The schedule.
+        seed: Seed of the order of the examples.
+        asks: What the user asked of the Trainer.
+    """
+
+    grows_inside = True
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        given: CombinedLoader,
+        index: int,
+        clock: RunClock,
+        splitter: StepSplitter,
+        batch_size: Function,
+        seed: int,
+        asks: Asks,
+    ) -> None:
+        rank, world_size = data_parallel(trainer)
+        self.index, self.clock, self.seed = index, clock, seed
+        self.cut = Cut(rank, world_size, splitter.limit, asks.accumulate)
+        self._splitter, self._overfit = splitter, bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+        self.asked_at = clock.epoch_start.epoch
+        # the epoch in which a run that was not interrupted would have asked for these loaders
+        made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
+        self.loaders, self.sampler, self.others = self._remade(given, batch_size, made_at)
+
+    def _remade(
+        self, given: CombinedLoader, batch_size: Any, made_at: int
+    ) -> tuple[CombinedLoader, GlobalBatchSampler, list[GlobalBatchSampler]]:
+        flat, others = [*given.flattened], []
+        cycles = len(flat) > 1 and given._mode == "max_size_cycle"
+        make = partial(self._sampler_of, made_at=made_at, cycles=cycles)
+        scheduled = make(flat[self.index], batch_size, lambda: self.clock.behind, self.cut)
+        processes = self.cut.world_size
+        for i, loader in enumerate(flat):
+            size = size_of(loader)
+            if i == self.index:
+                sampler = scheduled
+            elif obstacle(loader) is None and size is not None:
+                # beside the scheduled one: its own batch size, of one process
+                sampler = make(loader, size * processes, int, Cut(self.cut.rank, processes))
+                sampler.consumed = partial(self._done_beside, sampler)
+                if not sampler.drops_last:
+                    sampler.schedule = JointSchedule(min(size * processes, sampler.num_examples))
+                others.append(sampler)
+            else:
+                continue
+            flat[i] = remade(loader, sampler, torch.Generator().manual_seed(self.seed))
+        given.flattened = flat
+        return given, scheduled, others
+
+    def _sampler_of(
+        self,
+        loader: DataLoader[Any],
+        batch_size: Any,
+        consumed: Callable[[], int],
+        cut: Cut,
+        *,
+        made_at: int,
+        cycles: bool,
+    ) -> GlobalBatchSampler:
+        theirs, clock = cast(Any, loader.batch_sampler), self.clock
+        return GlobalBatchSampler.of(
+            order_of(loader, self.seed, self._overfit, made_at),
+            batch_size,
+            lambda: clock.loader_start,
+            consumed,
+            cut,
+            drop_last=theirs.drops_last if isinstance(theirs, GlobalBatchSampler) else theirs.drop_last,
+            as_tensors=getattr(loader.dataset, "takes_tensors", False),
+            cycles=cycles,
+        )
+
+    def epoch(self, trainer: Trainer) -> Epoch | None:
+        """Everything is known, unless a loader beside has no end."""
+        flat = self.loaders.flattened
+        try:
+            lengths = tuple(len(loader) for i, loader in enumerate(flat) if i != self.index)
+        except TypeError:
+            return None
+        limit = limit_of(trainer)
+        if isinstance(limit, int):
+            limit = -(-limit // self.cut.accumulate)
+        return Epoch(self.sampler.num_examples, limit, self.sampler.drops_last, Beside(lengths, self.loaders._mode))
+
+    def sizes_at(self) -> Progress:
+        """Now: the batch size changes inside an epoch."""
+        return self.clock.progress
+
+    def step_examples(self, batch_size: int) -> int:
+        """The batch size, or what is left of the pass; nothing where the loader has ended and a longer one has not."""
+        order, epoch = self.sampler.order, self.clock.epoch_start.epoch
+        left = order.length(epoch) - (self.clock.behind - self.sampler.pass_start)
+        if left >= batch_size:
+            return batch_size
+        return 0 if self.sampler.drops_last else max(0, left)
+
+    def count(self) -> None:
+        """As cut."""
+
+    def consumed(self, splitter: StepSplitter) -> int:
+        """All of the step."""
+        return splitter.examples
+
+    def shape(self) -> object:
+        """The batches of an epoch."""
+        return tuple(len(sampler) for sampler in (self.sampler, *self.others))
+
+    def batches_done(self) -> int:
+        """Micro-batches of whole steps, and of the step under way."""
+        behind, steps = self.clock.behind, self.clock.progress.step - self.clock.epoch_start.step
+        idle = steps - self.sampler.steps_in(behind)  # steps on other loaders alone
+        return self.sampler.batches_in(behind) + max(0, idle) + (self._splitter.part if self._splitter.under_way else 0)
+
+    def again(self, ask: Ask, due: bool) -> CombinedLoader:
+        """The same ones, so that workers live on, unless new ones are due."""
+        if not due:
+            return self.loaders
+        given, before = as_combined(ask()), self.sampler.num_examples
+        reason = obstacle(given.flattened[self.index])
+        if reason is not None:
+            raise MisconfigurationException(f"the training loader of epoch {self.clock.epoch_start.epoch} {reason}: {REMEDY}")
+        self.close()
+        self.asked_at = self.clock.loader_start.epoch
+        self.loaders, self.sampler, self.others = self._remade(given, self.sampler.schedule.batch_size, self.asked_at)
+        if self.sampler.num_examples != before:
+            rank_zero_warn(
+                f"the training loader of epoch {self.asked_at} has {self.sampler.num_examples} examples, and the one before "
+                f"had {before}. The run was planned with {before} in each epoch: schedules over a fraction of it, and "
+                "`estimated_steps`, do not know of others"
+            )
+        return self.loaders
+
+    @property
+    def handed_out(self) -> int:
+        """As of the sampler."""
+        return self.sampler.handed_out
+
+    def follow(self, schedule: JointSchedule) -> None:
+        """The sampler reads the schedule at each step that it hands out."""
+        self.sampler.schedule = JointSchedule(schedule.batch_size)
+
+    def drawn(self) -> object:
+        """What was asked of samplers."""
+        orders = [sampler.order for sampler in (self.sampler, *self.others)]
+        return [order(self.clock.loader_start.epoch) for order in orders if isinstance(order, SamplerOrder)]
+
+    def check(self, plan: Plan | None) -> None:
+        """Their sampler is the plan's."""
+
+    def close(self) -> None:
+        """End the workers."""
+        for loader in self.loaders.flattened:
+            end_workers(loader)
+
+    def _done_beside(self, sampler: GlobalBatchSampler) -> int:
+        """Examples that are trained of a loader beside, in all its passes of the epoch."""
+        batches, once = self.batches_done(), len(sampler)
+        size = sampler.schedule.batch_size_at(self.clock.loader_start)
+        passes, rest = divmod(batches, once) if sampler.cycles else (0, min(batches, once))
+        whole = once * size if sampler.drops_last else sampler.num_examples
+        return passes * whole + min(rest * size, whole)
