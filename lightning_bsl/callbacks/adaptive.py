@@ -37,10 +37,10 @@ class StageController:
         ValueError: ``delta`` not above 1, ``gamma`` below 1, or a first value above its maximum.
 
     Example:
-        >>> controller = StageController(8, 0.1, delta=2, gamma=1.4, maximum=64)
+        >>> controller = StageController(8, 1.0, delta=2, gamma=1.5, maximum=64)
         >>> controller.extend(controller.proposal(advances=True), start=80)
         >>> controller.segments[-1]
-        Segment(start=80, batch_size=16, lr=0.14)
+        Segment(start=80, batch_size=16, lr=1.5)
     """
 
     def __init__(

@@ -42,8 +42,13 @@ class StepSplitter:
         >>> splitter = StepSplitter(limit=2)
         >>> splitter.begin_fit(Cut(max_device_batch_size=2))
         >>> splitter.begin(examples=4, batch_size=4)
-        >>> splitter.weight, splitter.end_piece(), splitter.note_backward(), splitter.end_piece()
-        (0.5, False, None, True)
+        >>> splitter.begin_piece()
+        >>> splitter.weight, splitter.end_piece()
+        (0.5, False)
+        >>> splitter.begin_piece()
+        >>> splitter.note_backward()
+        >>> splitter.correction, splitter.end_piece()  # the first micro-batch had nothing to train
+        (2.0, True)
     """
 
     def __init__(self, limit: int | None = None) -> None:

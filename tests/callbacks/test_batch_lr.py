@@ -25,7 +25,7 @@ from harness.data import Stranger, StrangerWithAttribute, regression
 from harness.files import csv_rows, flat, logged
 from harness.fits import fit, trained
 from harness.loops import train_by_hand
-from harness.modules import Recorder, equal
+from harness.modules import Recorder, assert_close, equal
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.callbacks.batch_lr import plan_fit
 from lightning_bsl.data import GlobalBatchSampler
@@ -259,14 +259,13 @@ def test_drop_in_with_accumulation() -> None:
     assert scheduler.progress.samples == scheduler.plan.samples == 2 * N
 
 
-def test_drop_in_plans_what_it_does_with_a_schedule_over_steps() -> None:
-    # the size changes only between epochs, where the schedule is asked: 8 (step 0), then 32 (step 9)
+def test_drop_in_grows_inside_an_epoch() -> None:
     scheduler = BatchLRScheduler(Milestones([8, 32], at=[4], unit="step"), Cosine(0.01, end=0.001, unit="step"))
     model = trained(Regression(), stranger(), scheduler, max_epochs=2)
-    assert model.sizes == [8] * 8 + [6] + [32, 32, 6]
+    assert model.sizes == [8] * 4 + [32, 6] + [32, 32, 6]
     assert scheduler.plan.steps == len(model.sizes)
-    assert [(stage.batch_size, stage.steps) for stage in scheduler.plan.stages] == [(8, 9), (32, 3)]
-    assert model.rates == pytest.approx([0.001 + 0.0045 * (1 + math.cos(math.pi * i / 12)) for i in range(12)])
+    assert [(stage.batch_size, stage.steps) for stage in scheduler.plan.stages] == [(8, 4), (32, 5)]
+    assert model.rates == pytest.approx([0.001 + 0.0045 * (1 + math.cos(math.pi * i / 9)) for i in range(9)])
 
 
 def test_drop_in_plans_a_loader_that_drops_its_last_batch() -> None:
@@ -336,24 +335,26 @@ GROWING = (Exponential(16, 2, maximum=64), Exponential(0.01, 1.4))
             lambda: (own(), BatchLRScheduler(*GROWING), GradientAccumulationScheduler({0: 1, 1: 2})),
         ),
         ("BatchSizeFinder.*remove it.*`maximum", lambda: (own(), BatchLRScheduler(*GROWING), BatchSizeFinder())),
-        ("WithoutSize has no `batch_size`.*`self.batch_size`", lambda: (WithoutSize(), BatchLRScheduler(*GROWING))),
-        (
-            "`batch_size=16`.*has batch_size=10: make it anew in `train_dataloader`",
-            lambda: (Ignoring(), BatchLRScheduler(*GROWING)),
-        ),
     ],
-    ids=["two", "accumulation", "finder", "no-size", "ignoring"],
+    ids=["two", "accumulation", "finder"],
 )
 def test_refusals(message: str, make: Callable[[], tuple[Any, ...]]) -> None:
     never_trains(MisconfigurationException, message, *make())
 
 
+LOADERS: dict[str, Callable[[], Any]] = {
+    "a size written into the DataModule": Ignoring,
+    "a size nobody can see": WithoutSize,
+    "given to fit": lambda: DataLoader(DATA, batch_size=16),
+}
+
+
+@pytest.mark.parametrize("loaders", LOADERS)
 @pytest.mark.parametrize("model", [Regression, WithLoaders])
-def test_a_bare_loader_is_refused(model: type[Regression]) -> None:
+def test_loaders_that_have_no_batch_size_to_set(model: type[Regression], loaders: str) -> None:
     # also beside a module that has a `train_dataloader` of its own, which Lightning then does not call
-    message = r"DataLoader given to `fit`.*BatchSizeDataModule\(train=...\)"
-    loader = DataLoader(DATA, batch_size=16)
-    never_trains(MisconfigurationException, message, loader, BatchLRScheduler(*GROWING), model=model())
+    trained_model = trained(model(), LOADERS[loaders](), BatchLRScheduler(*GROWING))
+    assert trained_model.sizes == [16] * 4 + [6] + [32, 32, 6] + [64, 6]
 
 
 @pytest.mark.parametrize("datamodule", [own, stranger])
@@ -377,11 +378,11 @@ def test_accumulation_with_an_exact_datamodule() -> None:
     never_trains(MisconfigurationException, message, own(), BatchLRScheduler(*GROWING), accumulate_grad_batches=2)
 
 
-@pytest.mark.parametrize("batch_size", [15, Milestones([16, 17], at=[2])])
-def test_an_uneven_split(batch_size: Any) -> None:
-    message = r"the batch size (15|17) (.* )?cannot be split evenly.*multiples of 2, or use a `BatchSizeDataModule`"
-    scheduler = BatchLRScheduler(batch_size)
-    never_trains(MisconfigurationException, message, stranger(), scheduler, accumulate_grad_batches=2)
+def test_a_step_need_not_split_evenly() -> None:
+    model = trained(Regression(), stranger(shuffle=False), BatchLRScheduler(15), accumulate_grad_batches=2, max_epochs=1)
+    assert model.sizes == [8, 7] * 4 + [8, 2]
+    train_by_hand(by_hand := Regression(), DATA, [list(range(i, min(i + 15, N))) for i in range(0, N, 15)])
+    assert_close(model, by_hand, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("datamodule", [own, stranger])

@@ -282,7 +282,7 @@ def test_a_step_that_ran_out_of_memory_half_way_is_counted_once() -> None:
 
     class Counting(GradientNoiseScale):
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-            counts.append([examples for examples, *_ in self._pieces])
+            counts.append([examples for examples, *_ in self._step.pieces])
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     counts: list[list[int]] = []
@@ -553,7 +553,14 @@ def test_batches_that_cannot_be_halved_or_counted() -> None:
         def __init__(self, x: Tensor) -> None:
             self.x = x
 
-    x = draws(12).tensors[0]
-    for batch, message in (((x, torch.ones(3)), "cannot halve"), (Opaque(x), "how many examples a batch of type Opaque")):
-        with pytest.raises(MisconfigurationException, match=message):
-            fit(Odd(), DataLoader([batch] * 2, batch_size=None), Noting(), max_epochs=1)
+    data = draws(24)
+
+    def together(rows: Any) -> Any:
+        return torch.stack([x for x, _ in rows]), torch.ones(3)
+
+    with pytest.raises(MisconfigurationException, match="cannot halve"):
+        fit(Odd(), DataLoader(data, 12, collate_fn=together), Noting(), max_epochs=1)
+    x = data.tensors[0]
+    for data_set, message in (([(x,)] * 2, "batch_size=None"), ([Opaque(x)] * 2, "batch_size=None")):
+        with pytest.raises(MisconfigurationException, match=f"nobody knows how many examples .*{message}"):
+            fit(Odd(), DataLoader(data_set, batch_size=None), Noting(), max_epochs=1)

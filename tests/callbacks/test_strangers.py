@@ -51,19 +51,8 @@ class Data(Stranger):
         super().__init__(DATA, batch_size=batch_size, shuffle=True)
 
 
-def test_a_batch_sampler_of_fixed_size_is_refused() -> None:
-    class Fixed(Data):
-        def train_dataloader(self) -> Any:
-            return DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 10, False))
-
-    model = Module()
-    with pytest.raises(MisconfigurationException, match="batch_size=10"):
-        fit(model, Fixed(), BatchLRScheduler(GROWING))
-    assert model.sizes == []
-
-
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_a_batch_sampler_that_follows_is_planned(drop_last: bool) -> None:
+def test_torchs_own_batch_sampler_is_planned(drop_last: bool) -> None:
     class Follows(Data):
         def train_dataloader(self) -> Any:
             return DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), self.hparams.batch_size, drop_last))
@@ -91,8 +80,10 @@ def test_the_sampler_says_how_long_an_epoch_is(sampler: Any, examples: int) -> N
 
 
 @pytest.mark.parametrize("caches", ["in setup", "in train_dataloader"])
-def test_a_cached_loader_is_refused_before_the_first_step(caches: str) -> None:
+def test_a_cached_loader_stays_as_it_is(caches: str) -> None:
     class Cached(Data):
+        loader: Any = None
+
         def setup(self, stage: str) -> None:
             self.loader = DataLoader(DATA, batch_size=16) if caches == "in setup" else None
 
@@ -100,10 +91,9 @@ def test_a_cached_loader_is_refused_before_the_first_step(caches: str) -> None:
             self.loader = self.loader or DataLoader(DATA, batch_size=self.hparams.batch_size)
             return self.loader
 
-    model = Module()
-    with pytest.raises(MisconfigurationException, match=r"will set `batch_size=32`.* batch_size=16"):
-        fit(model, Cached(), BatchLRScheduler(GROWING))
-    assert model.sizes == []
+    model = trained(Module(), datamodule := Cached(), BatchLRScheduler(GROWING))
+    assert model.sizes == [16] * 4 + [6] + [32, 32, 6] + [64, 6]
+    assert [len(batch[0]) for batch in datamodule.loader] == [16] * 4 + [6]
 
 
 def test_looking_ahead_draws_no_random_numbers() -> None:
