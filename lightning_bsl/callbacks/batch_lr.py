@@ -333,12 +333,13 @@ class BatchLRScheduler(Callback):
         self._splitter.begin_piece(self._data.count())
         trainer.accumulate_grad_batches = self._splitter.windows(batch_idx)
 
-    def _pass(self, trainer: Trainer, batch_idx: int) -> None:
-        """A batch is over, trained or not, and Lightning has not counted it yet."""
+    def _pass(self, trainer: Trainer, batch_idx: int) -> bool:
+        """A batch is over, trained or not, and Lightning has not counted it yet; return whether it was given to be trained."""
         given = self._splitter.piece_begun
         if not given:  # it is None
             self._open(trainer, batch_idx)
         self._splitter.step_where_lightning_does_not(trainer, batch_idx, given)
+        return given
 
     def _look_up(self) -> None:
         """Look up the next step and set its learning rate."""

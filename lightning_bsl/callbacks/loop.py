@@ -59,17 +59,25 @@ def end_workers(loader: Any) -> None:
     _shutdown_workers_and_reset_iterator(loader)
 
 
-def before_batch_counts(trainer: Trainer, hook: Callable[[int], None], undo: ExitStack) -> None:
+def before_batch_counts(trainer: Trainer, hook: Callable[[int], bool], undo: ExitStack) -> None:
     """Call ``hook(batch_idx)`` after each batch, before Lightning decides whether it was a step.
 
-    Also for a batch that is ``None``, for which Lightning calls no hook of a callback before that.
+    Also for a batch that is ``None``, for which Lightning calls no hook of a callback before that. ``hook`` returns whether
+    Lightning gave the batch to be trained.
+
+    Lightning does not count as started a batch that is ``None``, nor one at which ``on_train_batch_start`` ends the epoch, which
+    it does not count as completed either. From such counts it would not know, on resume, where a checkpoint was saved.
     """
     loop = trainer.fit_loop.epoch_loop
-    update = loop.update_lr_schedulers
+    update, progress = loop.update_lr_schedulers, loop.batch_progress
 
     def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
         if interval == "step" and not update_plateau_schedulers:
-            hook(loop.batch_idx)
+            given = hook(loop.batch_idx)
+            if progress.current.started < progress.current.ready:
+                progress.increment_started()
+                if given:
+                    progress.increment_completed()
         update(interval, update_plateau_schedulers=update_plateau_schedulers)
 
     _replace(loop, "update_lr_schedulers", update_lr_schedulers, undo)
