@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,13 +99,12 @@ class Fit:
         if epoch is not None and (trainer.fast_dev_run or schedule.largest):  # type: ignore[attr-defined]
             check_fits(schedule.largest or schedule(now).batch_size, epoch.num_examples, now)
         elif epoch is not None:
-            found = plan_fit(
-                schedule,
-                max_epochs=trainer.max_epochs,
-                max_steps=trainer.max_steps,
-                tokens_per_sample=self.tokens_per_sample,
-                **epoch._asdict(),
-            )
+            bounds: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+            make = partial(plan_fit, schedule, tokens_per_sample=self.tokens_per_sample, **bounds)
+            found = make(**epoch._asdict())
+            if found is not None and epoch.beside.lengths and data.splits(found):
+                # the batches of another loader are then not steps, and must not end an epoch; that is checked
+                found = make(**epoch._replace(beside=Beside())._asdict())
             if found is not None:
                 clock.set_horizon(found.horizon)
                 return found

@@ -65,11 +65,11 @@ def before_batch_counts(trainer: Trainer, hook: Callable[[int], bool], undo: Exi
     Also for a batch that is ``None``, for which Lightning calls no hook of a callback before that. ``hook`` returns whether
     Lightning gave the batch to be trained.
 
-    Lightning does not count as started a batch that is ``None``, nor one at which ``on_train_batch_start`` ends the epoch, which
-    it does not count as completed either. From such counts it would not know, on resume, where a checkpoint was saved.
+    Lightning does not count as started a batch that is ``None``, nor one at which ``on_train_batch_start`` ends the epoch;
+    the latter it does not count as completed either. From such counts it would not know where a checkpoint was saved.
     """
     loop = trainer.fit_loop.epoch_loop
-    update, progress = loop.update_lr_schedulers, loop.batch_progress
+    update, progress = loop.update_lr_schedulers, cast(Any, loop.batch_progress)
 
     def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
         if interval == "step" and not update_plateau_schedulers:

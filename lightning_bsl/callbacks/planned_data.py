@@ -142,6 +142,10 @@ class PlannedData:
         """All of the step."""
         return splitter.examples
 
+    def splits(self, plan: Plan) -> bool:
+        """Whether any step of a plan has several micro-batches."""
+        return any(len(self.cut(stage.batch_size, stage.batch_size)) > 1 for stage in plan.stages)
+
     def shape(self) -> object:
         """The batches of an epoch."""
         return tuple(len(sampler) for sampler in (self.sampler, *self.others))

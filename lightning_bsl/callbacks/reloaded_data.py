@@ -98,6 +98,10 @@ class ReloadedData:
         """What was counted, on all processes."""
         return splitter.consumed * data_parallel(self._trainer)[1]
 
+    def splits(self, plan: Plan) -> bool:
+        """Whether any step of a plan has several micro-batches."""
+        return any(len(self.cut(stage.batch_size, stage.batch_size)) > 1 for stage in plan.stages)
+
     def shape(self) -> object:
         """The batch size."""
         return self.schedule.batch_size_at(self.clock.loader_start)

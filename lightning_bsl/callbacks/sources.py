@@ -58,6 +58,10 @@ class DataSource(Protocol):
         """Examples of the step that is complete, over all processes."""
         ...
 
+    def splits(self, plan: Plan) -> bool:
+        """Whether any step of a plan has several micro-batches."""
+        ...
+
     def shape(self) -> object:
         """What Lightning has to be told when it changes from one epoch to the next."""
         ...

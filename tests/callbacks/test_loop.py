@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,17 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics import MeanMetric
 
 from harness import fits
 from harness.data import own
 from harness.modules import Recorder
 from lightning_bsl.callbacks import loop
-from lightning_bsl.callbacks.loop import ended_epoch, loads_own_data, logged_metrics, walk_steps, walk_steps_no_more
+from lightning_bsl.callbacks.loop import ended_epoch, logged_metrics, remake_training_data, walk_steps
 
 DATA = TensorDataset(torch.arange(10.0).unsqueeze(1))
 
@@ -26,10 +29,6 @@ DATA = TensorDataset(torch.arange(10.0).unsqueeze(1))
 class Model(Recorder):
     def __init__(self) -> None:
         super().__init__(nn.Linear(1, 1), lambda parameters: torch.optim.SGD(parameters, lr=0.01))
-        self.loads_own_data: bool | None = None
-
-    def setup(self, stage: str) -> None:
-        self.loads_own_data = loads_own_data(self.trainer)
 
     def loss(self, batch: Any) -> Tensor:
         return self.net(batch[0]).square().mean()
@@ -45,11 +44,96 @@ def fit(model: Model, folder: Path, data: Any, *callbacks: Callback) -> Trainer:
     return fits.fit(model, data, *callbacks, checkpoint, max_epochs=2, enable_checkpointing=True)
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_loads_own_data(ours: bool, tmp_path: Path) -> None:
-    model = Model()
-    fit(model, tmp_path, own(DATA, batch_size=4) if ours else DataLoader(DATA))
-    assert model.loads_own_data is ours
+class Remakes(Callback):
+    """Trains on what it is given, in batches of five."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+        self.undo = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def remake(ask: Callable[[], Any]) -> Any:
+            self.given.append(ask())
+            return DataLoader(DATA, batch_size=5)
+
+        remake_training_data(trainer, remake, self.undo)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.undo.close()
+
+
+class WithLoader(Model):
+    def train_dataloader(self) -> Any:
+        return DataLoader(DATA)
+
+
+@pytest.mark.parametrize("source", ["datamodule", "module", "argument", "dict"])
+def test_the_training_loader_is_replaced_wherever_it_comes_from(source: str, tmp_path: Path) -> None:
+    data = {"datamodule": own(DATA), "module": None, "argument": DataLoader(DATA), "dict": {"a": DataLoader(DATA)}}[source]
+    model, remakes = WithLoader(), Remakes()
+    fit(model, tmp_path, data, remakes)
+    assert model.announced == [2, 2]
+    (given,) = remakes.given
+    assert isinstance(given, dict if source == "dict" else DataLoader)
+    assert "dataloader" not in vars(model.trainer.fit_loop._data_source)
+
+
+class CountsNone(Callback):
+    """Notes each batch before Lightning counts it."""
+
+    def __init__(self) -> None:
+        self.passed: list[int] = []
+        self.counts: list[tuple[int, ...]] = []
+        self.undo = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def hook(batch_idx: int) -> bool:
+            self.passed.append(batch_idx)
+            return batch_idx != 1
+
+        loop.before_batch_counts(trainer, hook, self.undo)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        total = trainer.fit_loop.epoch_loop.batch_progress.total
+        self.counts.append((total.ready, total.started, total.processed, total.completed))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.undo.close()
+
+
+def test_a_batch_that_is_none_is_counted_as_any_other(tmp_path: Path) -> None:
+    data = DataLoader(DATA, batch_size=4, collate_fn=lambda rows: None if rows[0][0] == 4 else default_collate(rows))
+    counts = CountsNone()
+    fit(Model(), tmp_path, data, counts)
+    assert counts.passed == [0, 1, 2] * 2
+    assert counts.counts == [(i, i, i, i - 1) for i in range(1, 7)]
+
+
+def test_steps_and_rows() -> None:
+    class Notes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            noted.append((loop.steps_taken(trainer), loop.logged_at(trainer), loop.writes_step(trainer)))
+
+    noted: list[tuple[int, int, bool]] = []
+    data = DataLoader(DATA, batch_size=2)
+    fits.fit(Model(), data, Notes(), max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=2)
+    assert noted == [(0, 0, False), (1, 0, False), (1, 1, True), (2, 1, True), (3, 2, False)]
+
+
+def test_a_step_that_lightning_does_not_take() -> None:
+    class Takes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 1:
+                pl_module.net.weight.grad = torch.ones(1, 1)
+                before = pl_module.net.weight.item()
+                loop.take_step(trainer, 0, counted=False)
+                assert pl_module.net.weight.item() == pytest.approx(before - 0.01)
+                loop.take_step(trainer, 0, counted=True)
+                assert pl_module.net.weight.item() == pytest.approx(before - 0.02)
+                assert trainer.global_step == 2
+
+    trainer = fits.fit(Model(), DataLoader(DATA, batch_size=5), Takes(), max_epochs=1)
+    assert trainer.global_step == 3
 
 
 def test_ended_epoch(tmp_path: Path) -> None:
@@ -61,12 +145,22 @@ def test_ended_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "fit_loop._data_source.is_module",
+        "fit_loop._data_source.dataloader",
         "fit_loop.setup_data",
+        "fit_loop._combined_loader",
+        "fit_loop._data_fetcher",
+        "fit_loop.epoch_loop.batch_progress.current.completed",
+        "fit_loop.epoch_loop._on_before_fetch",
+        "fit_loop.epoch_loop.reset",
+        "fit_loop.epoch_loop.update_lr_schedulers",
+        "fit_loop.epoch_loop._should_accumulate",
+        "fit_loop.epoch_loop._batches_that_stepped",
+        "strategy._lightning_optimizers",
+        "_logger_connector.should_update_logs",
+        "_data_connector._prepare_dataloader",
         "fit_loop.epoch_loop.automatic_optimization.run",
         "fit_loop.epoch_loop.automatic_optimization._make_closure",
         "fit_loop.epoch_loop.automatic_optimization._optimizer_step",
-        "_accelerator_connector.use_distributed_sampler",
     ],
 )
 def test_the_attributes_of_a_trainer(path: str) -> None:
@@ -77,6 +171,11 @@ def test_the_attributes_of_a_trainer(path: str) -> None:
 
 def test_attributes_of_others() -> None:
     assert callable(loop._block_parallel_sync_behavior)
+    assert callable(loop._shutdown_workers_and_reset_iterator)
+    assert CombinedLoader({}, "min_size")._mode == "min_size"
+    # what a re-made loader replaces
+    replaced = {"batch_sampler", "sampler", "batch_size", "drop_last", "generator", "_iterator"}
+    assert replaced <= vars(DataLoader(DATA)).keys()
     assert {"_update_count", "_computed"} <= vars(MeanMetric()).keys()
     assert "require_forward_param_sync" in DistributedDataParallel.__init__.__code__.co_names
 
@@ -94,6 +193,7 @@ class Walks(Callback):
 
     def __init__(self, parts: int) -> None:
         self.parts = parts
+        self.undo = ExitStack()
         self.logged: list[str] = []
         self.losses: list[float] = []
 
@@ -107,13 +207,13 @@ class Walks(Callback):
             self.logged = list(logged_metrics(trainer))
             return loss
 
-        walk_steps(trainer, walk)
+        walk_steps(trainer, walk, self.undo)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         self.losses.append(arguments[1]["loss"].item())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        walk_steps_no_more(trainer)
+        self.undo.close()
 
 
 @pytest.mark.parametrize("parts", [1, 2])
