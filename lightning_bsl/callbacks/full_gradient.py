@@ -94,7 +94,8 @@ class FullGradientMeasurer:
             )
         loader = scheduled if scheduled is not None else given.flattened[0] if given.flattened else None
         self._names = None if own or loader is given.iterables else given.iterables
-        if self._names is not None and len(self._names) != 1:
+        values = self._names.values() if isinstance(self._names, Mapping) else self._names
+        if self._names is not None and [id(each) for each in values] != [id(loader)]:
             raise MisconfigurationException(
                 f"the training loader lies in a collection of collections: give {type(pl_module).__name__} a method "
                 "`full_loss(batch)`"

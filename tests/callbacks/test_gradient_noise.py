@@ -8,7 +8,7 @@ from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from harness.data import own, regression
 from harness.files import FASHION_MNIST
@@ -564,3 +564,78 @@ def test_batches_that_cannot_be_halved_or_counted() -> None:
     for data_set, message in (([(x,)] * 2, "batch_size=None"), ([Opaque(x)] * 2, "batch_size=None")):
         with pytest.raises(MisconfigurationException, match=f"nobody knows how many examples .*{message}"):
             fit(Odd(), DataLoader(data_set, batch_size=None), Noting(), max_epochs=1)
+
+
+# --- the number of examples is the loader's to say
+
+
+class Graph(NamedTuple):
+    """Nodes of several graphs, one after another, as graph libraries put them together."""
+
+    x: Tensor
+
+
+def together(graphs: list[Tensor]) -> Graph:
+    return Graph(torch.cat(graphs))
+
+
+class OfGraphs(Linear):
+    """The gradient of a graph is the mean of its nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1, bias=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch.x).mean()
+
+
+GRAPHS = [torch.full((2, 1), 1.0), torch.full((2, 1), 2.0)]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_two_graphs_of_two_nodes(scheduled: bool) -> None:
+    loader = DataLoader(GRAPHS, batch_size=1, collate_fn=together)
+    noise = Noting(extra_every=None)
+    callbacks: list[Callback] = [BatchLRScheduler(2), noise] if scheduled else [noise]
+    fit(OfGraphs(), loader, *callbacks, max_epochs=1, accumulate_grad_batches=2)
+    ((_, variance),) = noise.found
+    assert variance == pytest.approx(0.5)
+
+
+def test_time_comes_first() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    sequences = [value.expand(7, 1) for value in x]  # seven steps of time
+    loader = DataLoader(sequences, batch_size=2, collate_fn=lambda rows: Graph(torch.stack(rows, dim=1)))
+    fit(OfGraphs(), loader, noise := Noting(extra_every=None), max_epochs=1, accumulate_grad_batches=2)
+    # two pieces of two examples, with means 1.5 and 4.5
+    assert noise.found[0].variance == pytest.approx(1.5**2 / (1 / 2 - 1 / 4))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_last_batch_of_an_epoch_is_shorter(drop_last: bool) -> None:
+    class Counts(Noting):
+        def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+            super().on_after_backward(trainer, pl_module)
+            counts.append(self._step.pieces[-1][0])
+
+    counts: list[int] = []
+    loader = DataLoader(draws(10), batch_size=4, shuffle=True, drop_last=drop_last)
+    fit(Linear(), loader, Counts(extra_every=None), max_epochs=2)
+    assert counts == ([4, 4] if drop_last else [4, 4, 2]) * 2
+
+
+def test_who_does_not_know_refuses() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(draws(12))
+
+    for data, message in (
+        (DataLoader(Stream(), batch_size=4), "reads a stream"),
+        ({"a": DataLoader(draws(4)), "b": DataLoader(draws(4))}, "is one of 2"),
+        (DataLoader([draws(4).tensors] * 2, batch_size=None), "batch_size=None"),
+    ):
+        model = Linear()
+        with pytest.raises(MisconfigurationException, match=f"nobody knows how many examples.*{message}.*BatchLRScheduler"):
+            fit(model, data, GradientNoiseScale(), max_epochs=1)
+        assert model.journal == []

@@ -17,7 +17,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from harness import fits
 from harness.data import StrangerWithAttribute, own, regression
@@ -275,3 +283,106 @@ def test_its_workers_end_with_the_fit(fails: bool) -> None:
         fits.fit(Stateful(), own(DATA, num_workers=1), scheduler, norm, Stop(), max_epochs=1)
     assert norm.measurer.loader is None and trigger.measurement.loader is None
     assert fails or set(active_children()) == before  # Lightning leaves the training loader's to the collector
+
+
+# --- it measures what is trained on
+
+
+class Linear(Stateful):
+    """The gradient of the mean loss is the mean of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1, bias=False)
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(self.rows(batch)).mean()
+
+    def rows(self, batch: Any) -> Tensor:
+        while not isinstance(batch, Tensor):
+            batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+        return batch
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.0)
+
+
+class Twice(Sampler[int]):
+    """Gives rows twice, counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __iter__(self) -> Any:
+        self.asked += 1
+        return iter([0, 2, 0, 2, 2])
+
+
+ROWS = TensorDataset(torch.tensor([[1.0], [100.0], [5.0]]))
+SAMPLERS: dict[str, tuple[Any, float]] = {
+    "all": (lambda: {"shuffle": True}, 106 / 3),
+    "subset": (lambda: {"sampler": SubsetRandomSampler([0])}, 1.0),
+    "repeated": (lambda: {"sampler": Twice()}, 3.0),
+    "weighted": (lambda: {"sampler": WeightedRandomSampler([1.0, 0.0, 1.0], 50)}, 3.0),
+    "batches": (lambda: {"batch_sampler": BatchSampler(SubsetRandomSampler([0, 1]), 2, False)}, 50.5),
+    "own batches": (lambda: {"batch_sampler": [[0, 2], [2, 0]]}, 3.0),
+}
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_sampler_says_what_is_trained_on(name: str, scheduled: bool) -> None:
+    if scheduled and name == "own batches":
+        pytest.skip("it cannot follow a schedule")
+    make, expected = SAMPLERS[name]
+    options = make()
+    loader = DataLoader(ROWS, **({"batch_size": 1} if "batch_sampler" not in options else {}) | options)
+    callbacks: list[Callback] = [BatchLRScheduler(1)] if scheduled else []
+    trainer = fits.fit(Linear(), loader, *callbacks, FullGradientNorm(batch_size=2), max_epochs=2)
+    assert trainer.callback_metrics["full_gradient_norm"].item() == pytest.approx(expected)
+    if name == "repeated":
+        assert options["sampler"].asked == 2  # once for each epoch that was trained
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: {"a": loader}, lambda loader: [loader], lambda loader: (loader,)])
+def test_a_loader_in_a_collection(wrap: Any) -> None:
+    trainer = fits.fit(Linear(), wrap(DataLoader(ROWS)), FullGradientNorm(), max_epochs=1)
+    assert trainer.callback_metrics["full_gradient_norm"].item() == pytest.approx(106 / 3)
+
+
+class Batches:
+    """Any iterable of batches."""
+
+    def __iter__(self) -> Any:
+        return iter([torch.ones(2, 1)])
+
+
+def test_what_cannot_be_measured_is_refused_before_the_first_step() -> None:
+    model = Linear()
+    two = {"a": DataLoader(ROWS), "b": DataLoader(ROWS)}
+    for data, message in (
+        (two, r"2 training loaders.*full_loss\(batch\)"),
+        (DataLoader([torch.ones(2, 1)] * 2, batch_size=None), "`batch_size` is not None"),
+        ({"a": {"b": DataLoader(ROWS)}}, "collection of collections.*full_loss"),
+        (Batches(), "needs a training DataLoader"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            fits.fit(model, data, FullGradientNorm(), max_epochs=1)
+    assert model.steps == 0
+
+
+class Says(Linear):
+    def full_loss(self, batch: Any) -> Tensor:
+        return self.net(batch[0]).mean()
+
+
+@pytest.mark.parametrize(("scheduler", "expected"), [(None, 106 / 3), ("b", 7.0)])
+def test_a_module_that_says_how_is_given_the_scheduled_loader(scheduler: str | None, expected: float) -> None:
+    two = {"a": DataLoader(ROWS), "b": DataLoader(TensorDataset(torch.tensor([[6.0], [8.0]])))}
+    callbacks = [] if scheduler is None else [BatchLRScheduler(2, loader=scheduler)]
+    trainer = fits.fit(Says(), two, *callbacks, FullGradientNorm(), max_epochs=1)
+    assert trainer.callback_metrics["full_gradient_norm"].item() == pytest.approx(expected)
