@@ -225,13 +225,21 @@ class _Switch(Callback):
         self.other = other
         self.ticks: list[float] = []
         self._step = -1
+        self._hooks: dict[str, Any] = {}  # that it has put into the loop
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        self._hooks = {name: value for name, value in vars(loop).items() if callable(value) and hasattr(type(loop), name)}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step, self._step = self._step, trainer.global_step
         if step != self._step and self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.ticks.append(time.perf_counter())
             callbacks = [each for each in trainer.callbacks if each is not self.other]  # type: ignore[attr-defined]
-            trainer.callbacks = callbacks if len(self.ticks) % 2 else [self.other, *callbacks]  # type: ignore[attr-defined]
+            without, loop = len(self.ticks) % 2, vars(trainer.fit_loop.epoch_loop)
+            trainer.callbacks = callbacks if without else [self.other, *callbacks]  # type: ignore[attr-defined]
+            for name, hook in self._hooks.items():
+                loop.pop(name, None) if without else loop.update({name: hook})
 
     def seconds(self) -> tuple[list[float], list[float]]:
         """Of the blocks with the callback and of those without, the first pair left out."""

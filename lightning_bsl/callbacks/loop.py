@@ -72,13 +72,15 @@ def before_batch_counts(trainer: Trainer, hook: Callable[[int], bool], undo: Exi
     update, progress = loop.update_lr_schedulers, cast(Any, loop.batch_progress)
 
     def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
-        if interval == "step" and not update_plateau_schedulers:
-            given = hook(loop.batch_idx)
-            if progress.current.started < progress.current.ready:
+        if not update_plateau_schedulers and interval == "step":
+            current = progress.current
+            given = hook(current.ready - 1)
+            if current.started < current.ready:
                 progress.increment_started()
                 if given:
                     progress.increment_completed()
-        update(interval, update_plateau_schedulers=update_plateau_schedulers)
+        if trainer.lr_scheduler_configs:  # else there are none to update
+            update(interval, update_plateau_schedulers=update_plateau_schedulers)
 
     _replace(loop, "update_lr_schedulers", update_lr_schedulers, undo)
 
@@ -144,7 +146,9 @@ def logged_at(trainer: Trainer) -> int:
 
 def writes_step(trainer: Trainer) -> bool:
     """Whether Lightning will write what is logged in this step; what is logged in others costs time and is dropped."""
-    return bool(trainer._logger_connector.should_update_logs)
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    # as its logger connector has it, which takes as long as all else that is done in a step
+    return bool(every) and ((trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0 or trainer.should_stop)
 
 
 def set_epoch_length(trainer: Trainer, index: int, batches: int) -> None:

@@ -36,6 +36,7 @@ class StepSplitter:
         examples: Examples of the step, over all processes.
         pieces: This process's micro-batches.
         part: Index of the current one.
+        split: Whether the step has several micro-batches.
         corrected: What the gradients were multiplied by already, since micro-batches had nothing to train.
 
     Example:
@@ -57,6 +58,7 @@ class StepSplitter:
         self.examples = 0
         self.pieces: tuple[slice, ...] = ()
         self.part = 0
+        self.split = False
         self.corrected = 1.0
         self._counts: list[int] = []  # examples of the micro-batches so far
         self._with_loss: set[int] = set()  # the indices of those that had one
@@ -70,11 +72,6 @@ class StepSplitter:
     def under_way(self) -> bool:
         """Whether a step has begun and not ended."""
         return bool(self.pieces)
-
-    @property
-    def split(self) -> bool:
-        """Whether the step has several micro-batches."""
-        return len(self.pieces) > 1
 
     @property
     def last(self) -> bool:
@@ -94,7 +91,7 @@ class StepSplitter:
     @property
     def weight(self) -> float:
         """What the mean loss of the current micro-batch counts for in the step's, where processes are averaged."""
-        if not self.examples or len(self.pieces) == self.cut.world_size == 1:
+        if not self.examples or not (self.split or self.cut.world_size > 1):
             return 1.0
         return self.micro_batch * self.cut.world_size / self.examples
 
@@ -129,6 +126,7 @@ class StepSplitter:
             batch_size: What the schedule says.
         """
         self.pieces = self.cut(examples, batch_size) if examples else (slice(0, 0),)
+        self.split = len(self.pieces) > 1
         self.examples, self.part, self.corrected, self._with_loss, self._counts = examples, 0, 1.0, set(), []
 
     def begin_piece(self, examples: int | None = None) -> None:
@@ -151,7 +149,7 @@ class StepSplitter:
         Args:
             optimizer: The optimizer that is about to step.
         """
-        factor = self.correction
+        factor = self.correction if self.split else 1.0
         if factor == 1 or self.corrected != 1:
             return
         self.corrected = factor
@@ -171,6 +169,8 @@ class StepSplitter:
         Raises:
             RuntimeError: A batch that is ``None`` on one of several processes.
         """
+        if given and not self.split:
+            return
         if not given and trainer.world_size > 1:
             raise RuntimeError(
                 "the training loader gave a batch that is None, while other processes train on theirs: none can skip a batch "
@@ -197,7 +197,7 @@ class StepSplitter:
 
     def drop(self) -> None:
         """There is no step under way: the last one is complete, or the epoch ended inside it."""
-        self.pieces = ()
+        self.pieces, self.split = (), False
 
     def state_dict(self) -> dict[str, Any]:
         """The largest micro-batch, where one was found."""

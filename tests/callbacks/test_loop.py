@@ -113,6 +113,7 @@ def test_steps_and_rows() -> None:
     class Notes(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             noted.append((loop.steps_taken(trainer), loop.logged_at(trainer), loop.writes_step(trainer)))
+            assert loop.writes_step(trainer) == trainer._logger_connector.should_update_logs
 
     noted: list[tuple[int, int, bool]] = []
     data = DataLoader(DATA, batch_size=2)
