@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, cast
 
 from hydra.utils import instantiate
@@ -16,7 +17,8 @@ from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.schedules import Plan
 from lightning_bsl.theory import BoundConstants
 
-OmegaConf.register_new_resolver("mul", lambda x, y: x * y, replace=True)  # conf/ derives a rate from another with it
+if not OmegaConf.has_resolver("lightning_bsl.mul"):  # conf/ derives a rate from another with it
+    OmegaConf.register_new_resolver("lightning_bsl.mul", lambda x, y: x * y)
 
 
 def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: LightningDataModule) -> Plan | None:
@@ -63,14 +65,21 @@ def make_constants(cfg: DictConfig) -> BoundConstants | None:
     return cast(BoundConstants, instantiate(given))
 
 
+@contextmanager
+def known_warnings() -> Iterator[None]:
+    """For a while, say nothing of what is known and meant."""
+    with warnings.catch_warnings():
+        # the run's folder holds more than metrics, and late stages have few, large batches
+        warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own
+        warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck")
+        warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no `validation_step`")
+        yield
+
+
 def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
     """The Trainer of the run, with its loggers and callbacks."""
-    # known and meant: the run's folder holds more than metrics, and late stages have few, large batches
-    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own
-    warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck")
-    warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no `validation_step`")
     # `~callbacks`, `~logger` and `~training_time` leave no such node
     always = [instantiate(cfg[name]) for name in ("checkpoint", "training_time") if name in cfg]
     given = (cfg.get("callbacks") or {}).values()

@@ -10,7 +10,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler
-from lightning_bsl.experiment import make_constants, make_plan, make_trainer
+from lightning_bsl.experiment import known_warnings, make_constants, make_plan, make_trainer
 from lightning_bsl.report import bound_line, bounds_along, console, plan_table, plot_run, read_metrics, run_table
 from lightning_bsl.run_folder import Finished, finish_run, open_run
 
@@ -41,11 +41,13 @@ def train(cfg: DictConfig) -> float | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_bsl")  # the scheduler plans the fit again, and warns then
         plan = make_plan(cfg, scheduler, datamodule)
-    trainer = make_trainer(cfg, scheduler)
+    with known_warnings():
+        trainer = make_trainer(cfg, scheduler)
     if plan is not None and trainer.is_global_zero:
         plan.to_csv(folder / "plan.csv")
         out.print(plan_table(plan))
-    trainer.fit(model, datamodule, ckpt_path=resume)
+    with known_warnings():
+        trainer.fit(model, datamodule, ckpt_path=resume)
     value = trainer.callback_metrics.get(cfg.dataset.metric)
     last = None if value is None else float(value)
     if trainer.is_global_zero:
