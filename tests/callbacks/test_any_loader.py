@@ -296,6 +296,7 @@ def share(name: str, **options: Any) -> dict[str, Any]:
         "rows": [(batch.step, batch.examples) for batch in model.journal],
         "weights": torch.cat([each.detach().flatten() for each in model.parameters()]).tolist(),
         "samples": scheduler.progress.samples,
+        "beside": model.beside,
         "validation": sum(model.validation_sizes),
     }
 
@@ -304,25 +305,33 @@ TOGETHER = ["template", "given to fit", "module", "weighted", "subclass", "drop_
 
 
 @pytest.mark.quick(name=["template", "given to fit", "weighted", "set_epoch"])
-@pytest.mark.parametrize("name", [*TOGETHER, "workers", "dict", "subset", "replacement", "accumulated"])
+@pytest.mark.parametrize("name", [*TOGETHER, "workers", "subset", "replacement", "accumulated"])
 def test_two_processes_train_as_one(name: str, pair: Pair) -> None:
     one = share(name)
     two = pair(share, name, devices=2, strategy="ddp")
-    together: dict[int, list[int]] = {}
-    for process in two:  # first those of process 0, in its micro-batches
-        for step, rows in process["rows"]:
-            together.setdefault(step, []).extend(rows)
     alone: dict[int, list[int]] = {}
     for step, rows in one["rows"]:
         alone.setdefault(step, []).extend(rows)
     for step, rows in alone.items():
-        # a process without a share keeps the other company with an example that does not count
-        assert together[step][: len(rows)] == rows if len(rows) > 1 else set(together[step]) == set(rows)
+        parts = [part for process in two for number, part in process["rows"] if number == step]
+        # a process without a share keeps the other company with the step's first example, which does not count
+        together = [row for number, part in enumerate(parts) for row in part if not number or part != rows[:1]]
+        assert together == rows or (len(rows) == 1 and {*flat(parts)} == {*rows})
     for process in two:
         assert process["samples"] == one["samples"]
-        if name != "dict":  # the other loader's batches are averaged over the processes
-            assert process["weights"] == pytest.approx(one["weights"], rel=1e-12, abs=1e-13)
+        assert process["weights"] == pytest.approx(one["weights"], rel=1e-12, abs=1e-13)
     assert two[0]["weights"] == two[1]["weights"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_loaders_of_a_dict(pair: Pair) -> None:
+    # the batch size of the other loader is that of a process, as Lightning has it
+    two = pair(share, "dict", devices=2, strategy="ddp")
+    assert two[0]["weights"] == two[1]["weights"]
+    first = [flat(part for step, part in process["rows"] if step < 8) for process in two]
+    assert sorted(flat(first)) == list(range(N))
+    beside = [flat(process["beside"][:4]) for process in two]  # 33 rows in shares of five
+    assert sorted(flat(beside)) == list(range(33))
 
 
 def left_by(*callbacks: Callback) -> tuple[Any, ...]:

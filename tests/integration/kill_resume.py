@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.schedules import Progress, SqrtScaling
@@ -149,7 +149,15 @@ def train(folder: Path, journal: Path, options: argparse.Namespace, moment: Mome
         enable_model_summary=False,
         callbacks=[scheduler, *(ModelCheckpoint(save_last=True, enable_version_counter=False, **save) for save in saves)],
     )
-    datamodule = BatchSizeDataModule(examples(510, 2), examples(96, 3), eval_batch_size=32, num_workers=2, seed=4)
+    train, val = examples(510, 2), examples(96, 3)
+    datamodule: Any = BatchSizeDataModule(train, val, eval_batch_size=32, num_workers=2, seed=4)
+    if options.weighted:  # a loader as people write it, with a sampler
+        sampler = WeightedRandomSampler([1.0 + i % 3 for i in range(510)], 510)
+        datamodule = LightningDataModule.from_datasets(train)
+        datamodule.train_dataloader = lambda: DataLoader(
+            train, batch_size=32, sampler=sampler, num_workers=2, persistent_workers=True
+        )
+        datamodule.val_dataloader = lambda: DataLoader(val, batch_size=32, generator=torch.Generator())
     model = Net(journal, options, moment)
     checkpoint = newest_checkpoint(folder)
     model.write(f"from: {checkpoint.relative_to(folder) if checkpoint else 'scratch'}")
@@ -377,6 +385,7 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--exact", action="store_true", help="lives kill themselves at steps, not at moments of the clock")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--weighted", action="store_true", help="a DataLoader with a WeightedRandomSampler, not our DataModule")
     parser.add_argument("--cap", type=int, help="`max_device_batch_size`; the model then has no BatchNorm")
     parser.add_argument("--temporary", help="folder for Lightning's temporary files, say on another file system")
     parser.add_argument("--keep", help="folder to copy journals and checkpoints to")

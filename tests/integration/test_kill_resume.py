@@ -19,6 +19,7 @@ from kill_resume import Line, differences, read_state
         pytest.param("--kills 20 --seed 2 --exact", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --exact --cap 7", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 2", marks=pytest.mark.slow),
+        pytest.param("--kills 20 --seed 4 --weighted", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --cap 7", marks=pytest.mark.slow),
     ],
 )

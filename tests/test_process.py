@@ -1,0 +1,28 @@
+"""What belongs to the user's process stays as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from harness.configs import compose_config
+from lightning_bsl.training import train
+
+
+def test_a_run_leaves_no_warning_filter(tmp_path: Path) -> None:
+    filters = [*warnings.filters]
+    overrides = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "logger=none"]
+    train(compose_config("train", *overrides, f"output_dir={tmp_path}"))
+    assert warnings.filters == filters
+
+
+def test_an_import_replaces_nothing() -> None:
+    code = (
+        "import warnings\nfrom omegaconf import OmegaConf\nimport lightning.pytorch, torchvision\n"
+        "OmegaConf.register_new_resolver('mul', lambda x: 'theirs')\nfilters = [*warnings.filters]\n"
+        "import lightning_bsl.experiment\nassert OmegaConf.create({'a': '${mul:1}'}).a == 'theirs'\n"
+        "assert warnings.filters == filters"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
