@@ -13,8 +13,8 @@ from lightning_bsl.training import train
 
 def test_a_run_leaves_no_warning_filter(tmp_path: Path) -> None:
     filters = [*warnings.filters]
-    overrides = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "logger=none"]
-    train(compose_config("train", *overrides, f"output_dir={tmp_path}"))
+    overrides = ("trainer.max_epochs=1", "trainer.enable_progress_bar=false", "data.samples_per_epoch=160")
+    train(compose_config(*overrides, f"hydra.runtime.output_dir={tmp_path}"))
     assert warnings.filters == filters
 
 
