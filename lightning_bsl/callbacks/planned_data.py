@@ -63,6 +63,7 @@ class PlannedData:
         # the epoch in which a run that was not interrupted would have asked for these loaders
         made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
         self.loaders, self.sampler, self.others = self._remade(given, batch_size, made_at)
+        self._planned = self.sampler.num_examples
 
     def _remade(
         self, given: CombinedLoader, batch_size: Any, made_at: int
@@ -158,20 +159,21 @@ class PlannedData:
 
     def again(self, ask: Ask, due: bool) -> CombinedLoader:
         """The same ones, so that workers live on, unless new ones are due."""
-        if not due:
-            return self.loaders
-        given, before = as_combined(ask()), self.sampler.num_examples
-        reason = obstacle(given.flattened[self.index])
-        if reason is not None:
-            raise MisconfigurationException(f"the training loader of epoch {self.clock.epoch_start.epoch} {reason}: {REMEDY}")
-        self.close()
-        self.asked_at = self.clock.loader_start.epoch
-        self.loaders, self.sampler, self.others = self._remade(given, self.sampler.schedule.batch_size, self.asked_at)
-        if self.sampler.num_examples != before:
+        if due:
+            given = as_combined(ask())
+            reason = obstacle(given.flattened[self.index])
+            if reason is not None:
+                raise MisconfigurationException(
+                    f"the training loader of epoch {self.clock.loader_start.epoch} {reason}: {REMEDY}"
+                )
+            self.close()
+            self.asked_at = self.clock.loader_start.epoch
+            self.loaders, self.sampler, self.others = self._remade(given, self.sampler.schedule.batch_size, self.asked_at)
+        number = self.sampler.num_examples
+        if number != self._planned:
             rank_zero_warn(
-                f"the training loader of epoch {self.asked_at} has {self.sampler.num_examples} examples, and the one before "
-                f"had {before}. The run was planned with {before} in each epoch: schedules over a fraction of it, and "
-                "`estimated_steps`, do not know of others"
+                f"epoch {self.clock.loader_start.epoch} has {number} training examples, but the run was planned with "
+                f"{self._planned} in each epoch: schedules over a fraction of the run, and `estimated_steps`, count with those"
             )
         return self.loaders
 

@@ -29,14 +29,14 @@ class Trigger(Protocol):
 
 
 class GradientNormTrigger:
-    """P3: advance once the full gradient norm is at most ``threshold``, which falls from stage to stage.
+    """Advance once the full gradient norm is at most ``threshold``, which falls from stage to stage (arXiv 2508.05302).
 
     Logs ``full_gradient_norm``, ``full_loss`` and ``threshold``.
 
     Args:
         start: The first threshold, eps_0.
-        rule: ``"batch"``: eps_m = eps_0 sqrt(b_0 / b_m), as P3 has it. ``"growth"``: eps_m = eps_0 / delta^(m/4), which follows
-            from P2's critical batch size 2 C2 eta / eps^2 where the rate grows by sqrt(delta) too (derived).
+        rule: ``"batch"``: eps_m = eps_0 sqrt(b_0 / b_m), as the paper has it. ``"growth"``: eps_m = eps_0 / delta^(m/4),
+            from the critical batch size 2 C2 eta / eps^2 of arXiv 2508.05297 where the rate grows by sqrt(delta) (derived).
         subset: As of [`FullGradientNorm`][lightning_bsl.FullGradientNorm].
         batch_size: As of ``FullGradientNorm``: of the measurement.
 

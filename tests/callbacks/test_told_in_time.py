@@ -267,11 +267,31 @@ class Grows(LightningDataModule):
 
 def test_a_data_set_that_grows_is_trained_and_said() -> None:
     scheduler = BatchLRScheduler(10)
-    with pytest.warns(UserWarning, match="of epoch 1 has 30 examples, and the one before had 20"):
+    with pytest.warns(UserWarning, match="epoch 1 has 30 training examples, .* planned with 20"):
         model = trained(Regression(), Grows(), scheduler, reload_dataloaders_every_n_epochs=1)
     assert model.sizes == [10] * (2 + 3 + 4)
     assert scheduler.progress.samples == 90
     assert model.announced == [2, 3, 4]
+
+
+class Lengthens(Sampler[int]):
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(20 + 10 * self.epoch))
+
+
+def test_a_sampler_that_gives_more_is_trained_and_said() -> None:
+    scheduler = BatchLRScheduler(10)
+    with pytest.warns(UserWarning, match="epoch 1 has 30 training examples, .* planned with 20"):
+        model = trained(Regression(), DataLoader(DATA, sampler=Lengthens()), scheduler)
+    assert model.sizes == [10] * (2 + 3 + 4)
+    assert model.announced == [2, 3, 4]
+    assert scheduler.progress.samples == 90
 
 
 def test_loaders_are_reloaded_when_the_user_says() -> None:
