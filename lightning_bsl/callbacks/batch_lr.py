@@ -17,6 +17,7 @@ from lightning_bsl.callbacks.compile import expect_other_sizes
 from lightning_bsl.callbacks.fit import VERSION, Fit, Resumed, plan_fit
 from lightning_bsl.callbacks.loop import (
     before_batch_counts,
+    forget_training_data,
     load_training_data,
     remake_training_data,
     set_epoch_length,
@@ -114,7 +115,8 @@ class BatchLRScheduler(Callback):
     @property
     def training_loader(self) -> Any:
         """The loader that follows the schedule; ``None`` where there is no fit."""
-        return self._data.loaders.flattened[self._data.index] if self._data is not None else None
+        loader = self._data.loaders.flattened[self._data.index] if self._data is not None else None
+        return getattr(loader, "original", loader)
 
     @property
     def handed_out(self) -> int:
@@ -185,13 +187,16 @@ class BatchLRScheduler(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """See whether the checkpoint can be resumed."""
         if self.fitting:  # else it is validated or tested
+            if self._data is not None:  # the module asked for its length before the checkpoint was read
+                self._data.close()
+                self.plan = self._data = None
+                forget_training_data(trainer)
             self._fit.resumed = Resumed.read(trainer, checkpoint, self.state_key, self._start)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clock."""
         if not self.fitting:
             return
-        self._fit.stale = self._data is not None
         self._fit.seed = state_dict.get("seed", self._fit.seed)
         self._clock.load_state_dict(state_dict, self._fit.resumed is not None and self._fit.resumed.epoch_ended)
         self._splitter.load_state_dict(state_dict)

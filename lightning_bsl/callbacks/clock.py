@@ -58,6 +58,7 @@ class RunClock:
             horizon: Its length in each unit, as far as it is known, for schedules over a fraction of it.
         """
         self.end = end
+        self.epoch_start = self.progress  # Lightning begins an epoch anew that an exception ended
         self.set_horizon(horizon)
         if not self.finished:
             self.loader_start = self.epoch_start

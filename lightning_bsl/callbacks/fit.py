@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,6 @@ from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.loaders import Asks
 from lightning_bsl.callbacks.loop import (
     begin_epoch,
-    begin_loading_again,
     ended_epoch,
     resume_quietly,
     set_batches_done,
@@ -42,7 +42,6 @@ class Fit:
         tokens_per_sample: As of the DataModule.
         first_batch: Whether the first batch is still to come.
         resumed: What the checkpoint says that it goes on from.
-        stale: Whether the loader began before the checkpoint was read.
     """
 
     active: bool = False
@@ -52,7 +51,6 @@ class Fit:
     tokens_per_sample: int | None = None
     first_batch: bool = True
     resumed: Resumed | None = None
-    stale: bool = False
 
     @classmethod
     def begin(cls, trainer: Trainer, clock: RunClock) -> Fit:
@@ -179,11 +177,10 @@ class Resumed:
         done = data.batches_done()
         if self.epoch_ended:
             begin_epoch(trainer)
-            done = int(min(trainer.num_training_batches, 10**9))
+            # all of the next epoch's batches, at which Lightning begins it; where it has no length, none of them
+            done = 0 if trainer.num_training_batches == math.inf else int(trainer.num_training_batches)
         if done is not None and not clock.finished:
             set_batches_done(trainer, done)
-        if fit.stale:
-            begin_loading_again(trainer)
 
         def restore_inside_epoch() -> None:
             # whatever was drawn since, the step that is taken again is to see the same
@@ -191,7 +188,7 @@ class Resumed:
                 start.restore(trainer)
 
         start.restore(trainer)
-        resume_quietly(trainer, restore_inside_epoch, data.batches_done() is not None, fit.undo)
+        resume_quietly(trainer, restore_inside_epoch, data.exact, clock.progress.step, fit.undo)
 
     def _warn_of_jump(self, clock: RunClock, schedule: JointSchedule) -> None:
         """Warn if the schedules jump where a run goes on for another length than it was begun with."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.loaders import as_combined
-from lightning_bsl.callbacks.loop import to_device
+from lightning_bsl.callbacks.loop import end_workers, to_device
 from lightning_bsl.callbacks.micro_batches import cut, halved_to_fit
 from lightning_bsl.callbacks.snapshot import Snapshot
 from lightning_bsl.data.datamodule import data_parallel
@@ -92,10 +92,12 @@ class FullGradientMeasurer:
                 f"set is: give {type(pl_module).__name__} a method `full_loss(batch)`, which is called with batches of "
                 "the scheduled loader, or of the first one where there is no BatchLRScheduler"
             )
-        loader = scheduled if scheduled is not None else given.flattened[0] if given.flattened else None
-        self._names = None if own or loader is given.iterables else given.iterables
-        values = self._names.values() if isinstance(self._names, Mapping) else self._names
-        if self._names is not None and [id(each) for each in values] != [id(loader)]:
+        flat = [getattr(each, "original", each) for each in given.flattened]  # behind one that counts
+        loader = scheduled if scheduled is not None else flat[0] if flat else None
+        in_collection = given.iterables is not given.flattened[0] if flat else False
+        self._names = given.iterables if in_collection and not own else None
+        values = self._names.values() if isinstance(self._names, Mapping) else self._names or ()
+        if self._names is not None and [id(each) for each in values] != [id(each) for each in given.flattened]:
             raise MisconfigurationException(
                 f"the training loader lies in a collection of collections: give {type(pl_module).__name__} a method "
                 "`full_loss(batch)`"
@@ -104,6 +106,8 @@ class FullGradientMeasurer:
 
     def end(self) -> None:
         """End the loader's workers: left to the garbage collector, each of them takes five seconds."""
+        if self.loader is not None:
+            end_workers(self.loader)
         self.loader = None
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> FullGradient:

@@ -86,6 +86,8 @@ def scheduled_index(trainer: Trainer, module: LightningModule, given: CombinedLo
     if not loaders:
         raise MisconfigurationException(f"there is no training loader: {REMEDY}")
     if name is not None:
+        if isinstance(name, int) and isinstance(given.iterables, dict) and 0 <= name < len(loaders):
+            return name
         try:
             (index,) = (i for i, loader in enumerate(loaders) if loader is given.iterables[name])
         except (LookupError, TypeError, ValueError):

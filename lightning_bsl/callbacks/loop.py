@@ -44,9 +44,9 @@ def load_training_data(trainer: Trainer) -> None:
     trainer.fit_loop.setup_data()
 
 
-def begin_loading_again(trainer: Trainer) -> None:
-    """Have Lightning make a new iterator of the training loader: the one it has was made before a checkpoint was read."""
-    iter(cast(Any, trainer.fit_loop._data_fetcher))
+def forget_training_data(trainer: Trainer) -> None:
+    """Have Lightning ask for the training loader anew, as it was asked for before a checkpoint was read."""
+    trainer.fit_loop._combined_loader = None
 
 
 def with_distributed_sampler(trainer: Trainer, loader: Any) -> Any:
@@ -85,13 +85,14 @@ def before_batch_counts(trainer: Trainer, hook: Callable[[int], bool], undo: Exi
     _replace(loop, "update_lr_schedulers", update_lr_schedulers, undo)
 
 
-def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bool, undo: ExitStack) -> None:
+def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bool, steps: int, undo: ExitStack) -> None:
     """In ``on_train_start`` of a run that goes on: prepare its first batch.
 
     Args:
         trainer: The Trainer.
         before_fetch: Called once, before the first batch is fetched.
         exact: Whether the loaders go on where they were: then Lightning says nothing of loaders that cannot.
+        steps: Steps that were taken. Lightning counts one too many where a checkpoint was saved inside a step.
         undo: Puts everything back when it is closed.
     """
     loop = trainer.fit_loop.epoch_loop
@@ -99,17 +100,20 @@ def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bo
     once = [before_fetch]
 
     def quiet_reset() -> None:
+        restarting = loop.restarting
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")
+            if exact:
+                warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")
             reset()
+        if restarting:
+            loop._batches_that_stepped = steps
 
     def on_before_fetch() -> None:
         start_fetch()
         if once:
             once.pop()()
 
-    if exact:
-        _replace(loop, "reset", quiet_reset, undo)
+    _replace(loop, "reset", quiet_reset, undo)
     _replace(loop, "_on_before_fetch", on_before_fetch, undo)
 
 

@@ -78,15 +78,14 @@ class StepSplitter:
         """Whether the current micro-batch is the step's last."""
         return self.part == len(self.pieces) - 1
 
+    def ends(self, ended: bool) -> bool:
+        """Whether the step is complete with the current micro-batch, or with the epoch that ends after it."""
+        return self.last or ended
+
     @property
     def micro_batch(self) -> int:
         """Examples of the current micro-batch."""
         return self._counts[-1]
-
-    @property
-    def consumed(self) -> int:
-        """Examples of this process's micro-batches so far, the current one included."""
-        return sum(self._counts)
 
     @property
     def weight(self) -> float:
@@ -149,7 +148,7 @@ class StepSplitter:
         Args:
             optimizer: The optimizer that is about to step.
         """
-        factor = self.correction if self.split else 1.0
+        factor = self.correction
         if factor == 1 or self.corrected != 1:
             return
         self.corrected = factor
@@ -189,7 +188,7 @@ class StepSplitter:
         Args:
             ended: Whether the epoch ends with it: Lightning then steps.
         """
-        if self.last or ended:
+        if self.ends(ended):
             self.drop()
             return True
         self.part += 1

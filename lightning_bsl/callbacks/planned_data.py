@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -64,6 +65,7 @@ class PlannedData:
         made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
         self.loaders, self.sampler, self.others = self._remade(given, batch_size, made_at)
         self._planned = self.sampler.num_examples
+        self.exact = len(self.others) + 1 == len(given.flattened)
 
     def _remade(
         self, given: CombinedLoader, batch_size: Any, made_at: int
@@ -83,6 +85,8 @@ class PlannedData:
                 sampler.consumed = partial(self._done_beside, sampler)
                 if not sampler.drops_last:
                     sampler.schedule = JointSchedule(min(size * processes, sampler.num_examples))
+                elif sampler.num_examples < size * processes:
+                    continue  # it has no batch at all
                 others.append(sampler)
             else:
                 continue
@@ -115,10 +119,13 @@ class PlannedData:
     def epoch(self, trainer: Trainer) -> Epoch | None:
         """Everything is known, unless a loader beside has no end."""
         flat = self.loaders.flattened
-        try:
-            lengths = tuple(len(loader) for i, loader in enumerate(flat) if i != self.index)
-        except TypeError:
-            return None
+        known = [sized_len(loader) for i, loader in enumerate(flat) if i != self.index]
+        lengths = tuple(10**9 if length is None else length for length in known)
+        if None in known and self.loaders._mode != "min_size":
+            raise MisconfigurationException(
+                "a loader without a length beside the scheduled one has an epoch without an end: write "
+                '`CombinedLoader(..., "min_size")`, so that the scheduled loader ends it'
+            )
         limit = limit_of(trainer)
         if isinstance(limit, int):
             limit = -(-limit // self.cut.accumulate)
@@ -161,6 +168,11 @@ class PlannedData:
         """The same ones, so that workers live on, unless new ones are due."""
         if due:
             given = as_combined(ask())
+            if len(given.flattened) != len(self.loaders.flattened):
+                raise MisconfigurationException(
+                    f"there are {len(given.flattened)} training loaders now, and there were {len(self.loaders.flattened)}: "
+                    "give the same ones in every epoch"
+                )
             reason = obstacle(given.flattened[self.index])
             if reason is not None:
                 raise MisconfigurationException(

@@ -42,7 +42,7 @@ class ReloadedData:
         MisconfigurationException: The loader does not follow ``batch_size``.
     """
 
-    grows_inside = False
+    grows_inside = exact = False
 
     def __init__(
         self,
@@ -58,8 +58,9 @@ class ReloadedData:
         self.index, self.clock, self.schedule, self.asked_at = index, clock, schedule, clock.epoch_start.epoch
         self._trainer, self._module, self._ask = trainer, module, ask
         self.cut = Cut(accumulate=asks.accumulate)  # of what one process gets
+        self._consumed = 0  # of the step under way
         undo.callback(lightning_setattr, module, "batch_size", lightning_getattr(module, "batch_size"))
-        self.loaders = self.again(ask, due=True)
+        self.loaders = self._make(ask)
 
     def epoch(self, trainer: Trainer) -> Epoch | None:
         """The length of an epoch, if the loader has one."""
@@ -67,7 +68,11 @@ class ReloadedData:
         sampler = getattr(loader.batch_sampler, "sampler", None)
         if isinstance(loader.dataset, IterableDataset) or not hasattr(sampler, "__len__"):
             return None
-        number, drops, limit = len(cast(Sized, sampler)), bool(loader.batch_sampler.drop_last), limit_of(trainer)
+        number, drops, limit = (
+            len(cast(Sized, sampler)),
+            bool(getattr(loader.batch_sampler, "drop_last", False)),
+            limit_of(trainer),
+        )
         processes = data_parallel(trainer)[1]
 
         def length(batch_size: int) -> tuple[int, int]:
@@ -91,12 +96,17 @@ class ReloadedData:
 
     def count(self) -> int | None:
         """What was counted when the batch was put together."""
-        counts: deque[int] = self.loaders.flattened[self.index].counts
-        return counts.popleft()
+        number = self.loaders.flattened[self.index].counts.popleft()
+        self._consumed += number
+        # several processes must weigh their gradients alike
+        return number if data_parallel(self._trainer)[1] == 1 else None
 
     def consumed(self, splitter: StepSplitter) -> int:
         """What was counted, on all processes."""
-        return splitter.consumed * data_parallel(self._trainer)[1]
+        if not splitter.ends(self._trainer.is_last_batch):
+            return 0
+        consumed, self._consumed = self._consumed, 0
+        return consumed * data_parallel(self._trainer)[1]
 
     def splits(self, plan: Plan) -> bool:
         """Whether any step of a plan has several micro-batches."""
@@ -112,7 +122,11 @@ class ReloadedData:
 
     def again(self, ask: Ask, due: bool) -> CombinedLoader:
         """The user's loaders once more, for the batch size of the epoch that begins."""
-        self.asked_at = self.clock.loader_start.epoch
+        self.close()
+        return self._make(ask)
+
+    def _make(self, ask: Ask) -> CombinedLoader:
+        self.asked_at, self._consumed = self.clock.loader_start.epoch, 0
         size = self._local(self.schedule.batch_size_at(self.clock.loader_start))
         lightning_setattr(self._module, "batch_size", size)
         given = as_combined(ask())
@@ -141,9 +155,11 @@ class ReloadedData:
             return
         before, local = lightning_getattr(self._module, "batch_size"), self._local(other)
         lightning_setattr(self._module, "batch_size", local)
-        with isolate_rng():
-            actual = size_of(as_combined(self._ask()).flattened[self.index])
-        lightning_setattr(self._module, "batch_size", before)
+        try:
+            with isolate_rng():
+                actual = size_of(as_combined(self._ask()).flattened[self.index])
+        finally:
+            lightning_setattr(self._module, "batch_size", before)
         if actual != local:
             raise MisconfigurationException(
                 f"BatchLRScheduler will set `batch_size={local}`, but then the training loader still has batch_size={actual}: "
@@ -196,25 +212,38 @@ class CountingLoader:
         loader: Any DataLoader that puts batches together; it stays as it is.
 
     Attributes:
+        original: The loader.
         counts: Of the batches that were fetched, in their order, until somebody takes them out.
     """
 
+    _OWN = ("original", "counts", "_counted")
+
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = copy.copy(loader)
-        vars(self._loader).update(collate_fn=_CountingCollate(loader.collate_fn), _iterator=None)
+        self.original = loader
         self.counts: deque[int] = deque()
+        self._counted = copy.copy(loader)
+        vars(self._counted).update(collate_fn=_CountingCollate(loader.collate_fn), _iterator=None)
 
     def __iter__(self) -> Iterator[Any]:
         """The batches."""
         self.counts.clear()
-        for counted in self._loader:
+        for counted in self._counted:
             self.counts.append(counted.examples)
             yield counted.batch
 
     def __len__(self) -> int:
         """As of the loader."""
-        return len(self._loader)
+        return len(self._counted)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever the loader has."""
-        return getattr(self._loader, name)
+        if name in self._OWN:  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self._counted, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning gives loaders a function that seeds their workers, and takes their iterators away."""
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._counted, name, value)

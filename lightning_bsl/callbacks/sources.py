@@ -30,6 +30,7 @@ class DataSource(Protocol):
         cut: How its steps are cut.
         asked_at: The epoch in which the user's loaders were asked for last.
         grows_inside: Whether the batch size can change inside an epoch.
+        exact: Whether every loader goes on inside an epoch where a run was interrupted.
     """
 
     loaders: CombinedLoader
@@ -37,6 +38,7 @@ class DataSource(Protocol):
     cut: Cut
     asked_at: int
     grows_inside: bool
+    exact: bool
 
     def epoch(self, trainer: Trainer) -> Epoch | None:
         """What the plan must know of an epoch; ``None`` where its length is not known."""

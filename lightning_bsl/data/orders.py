@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
@@ -40,7 +41,7 @@ def order_of(loader: DataLoader[Any], seed: int, overfit: bool = False, asked_at
 
 
 class SamplerOrder:
-    """The order of a sampler that the user gave: asked once an epoch, under a seed of ours.
+    """The order of a sampler that the user gave: asked once an epoch (once a pass beside a longer loader), under our seed.
 
     A sampler may count how often it was asked. A resumed run asks it for the epochs before, too.
 
@@ -53,21 +54,32 @@ class SamplerOrder:
     def __init__(self, sampler: Any, seed: int, first: int = 0) -> None:
         self.sampler, self.seed = sampler, seed
         self._next = first
-        self._at: tuple[int, int] | None = None
+        self._epoch = -1
+        self._passes: list[list[Any]] = []  # of the epoch at hand
         self.first: list[Any] = []  # what it gave first
-        self._indices: list[Any] = []
 
     def length(self, epoch: int) -> int:
         """Examples of one pass in ``epoch``."""
-        return len(self._indices if self._at and self._at[0] == epoch else self(epoch))
+        return len(self(epoch))
 
     def __call__(self, epoch: int, cycle: int = 0) -> list[Any]:
-        """The indices of a pass."""
-        if self._at != (epoch, cycle):
+        """The indices of a pass.
+
+        Raises:
+            MisconfigurationException: A pass of an epoch is longer or shorter than its first.
+        """
+        if epoch != self._epoch:
             for missed in range(self._next, epoch):
                 self._ask(missed, 0)
-            self._indices, self._at, self._next = self._ask(epoch, cycle), (epoch, cycle), epoch + 1
-        return self._indices
+            self._epoch, self._passes, self._next = epoch, [], epoch + 1
+        while len(self._passes) <= cycle:
+            self._passes.append(self._ask(epoch, len(self._passes)))
+            if len(self._passes[-1]) != len(self._passes[0]):
+                raise MisconfigurationException(
+                    f"the sampler {type(self.sampler).__name__} gave {len(self._passes[0])} examples, and then "
+                    f"{len(self._passes[-1])} in the same epoch: give as many in each pass of an epoch"
+                )
+        return self._passes[cycle]
 
     def _ask(self, epoch: int, cycle: int) -> list[Any]:
         if hasattr(self.sampler, "set_epoch"):
