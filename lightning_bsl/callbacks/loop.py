@@ -36,7 +36,28 @@ def remake_training_data(trainer: Trainer, remake: Callable[[Callable[[], Any]],
     """
     source = trainer.fit_loop._data_source
     ask = source.dataloader
-    _replace(source, "dataloader", lambda: remake(ask), undo)
+
+    def dataloader() -> Any:
+        try:
+            return remake(ask)
+        except Exception as error:
+            return _Failed(error)
+
+    _replace(source, "dataloader", dataloader, undo)
+
+
+class _Failed:
+    """Raises an error as soon as it is iterated.
+
+    While Lightning asks for loaders it has methods of the class ``DataLoader`` replaced, and an error would leave them so for
+    the rest of the process. It iterates what it was given right afterwards.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self) -> Any:
+        raise self.error
 
 
 def load_training_data(trainer: Trainer) -> None:

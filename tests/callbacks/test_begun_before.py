@@ -200,3 +200,14 @@ def test_the_full_gradient_beside_a_batch_sampler_that_follows() -> None:
         trainer = fit(Regression(), data, BatchLRScheduler(24), FullGradientNorm(), max_epochs=1)
         norms.append(trainer.callback_metrics["full_gradient_norm"].item())
     assert norms[0] == pytest.approx(norms[1])
+
+
+@pytest.mark.parametrize("overfit_batches", [0, 2])
+def test_an_error_of_the_users_own_leaves_no_class_changed(overfit_batches: int) -> None:
+    class Breaks(Stranger):
+        def train_dataloader(self) -> Any:
+            raise FileNotFoundError("no data")
+
+    with pytest.raises(FileNotFoundError, match="no data"):
+        fit(Regression(), Breaks(DATA), BatchLRScheduler(4), overfit_batches=overfit_batches)
+    assert not [name for name in vars(DataLoader) if name.startswith("__old")]

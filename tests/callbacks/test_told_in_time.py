@@ -186,6 +186,8 @@ def test_what_cannot_be_remade_says_so(loader: Any, reason: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"{reason}.*with `shuffle` or a `sampler`.*BatchSizeDataModule"):
         fit(model, loader, BatchLRScheduler(4))
     assert model.journal == []
+    # Lightning has replaced them while it asked for the loader
+    assert not [name for name in vars(DataLoader) if name.startswith("__old")]
 
 
 def test_an_adaptive_scheduler_needs_more() -> None:
