@@ -17,6 +17,7 @@ from lightning_bsl.callbacks.compile import expect_other_sizes
 from lightning_bsl.callbacks.fit import VERSION, Fit, Resumed, plan_fit
 from lightning_bsl.callbacks.loop import (
     before_batch_counts,
+    count_batch_that_ended_epoch,
     forget_training_data,
     load_training_data,
     remake_training_data,
@@ -295,6 +296,7 @@ class BatchLRScheduler(Callback):
         if clock.epoch_start.epoch > trainer.current_epoch or data is None:
             return  # a resumed run ends the same epoch a second time
         self._splitter.drop()  # the epoch may have ended inside a step
+        count_batch_that_ended_epoch(trainer)
         self._start.clear()
         before = data.shape()
         clock.next_epoch()

@@ -94,16 +94,28 @@ def before_batch_counts(trainer: Trainer, hook: Callable[[int], bool], undo: Exi
 
     def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
         if not update_plateau_schedulers and interval == "step":
-            current = progress.current
-            given = hook(current.ready - 1)
-            if current.started < current.ready:
-                progress.increment_started()
-                if given:
-                    progress.increment_completed()
+            given = hook(progress.current.ready - 1)
+            _count_as_started(trainer, completed=given)
         if trainer.lr_scheduler_configs:  # else there are none to update
             update(interval, update_plateau_schedulers=update_plateau_schedulers)
 
     _replace(loop, "update_lr_schedulers", update_lr_schedulers, undo)
+
+
+def _count_as_started(trainer: Trainer, completed: bool) -> None:
+    progress = cast(Any, trainer.fit_loop.epoch_loop.batch_progress)
+    if progress.current.started < progress.current.ready:
+        progress.increment_started()
+        if completed:
+            progress.increment_completed()
+
+
+def count_batch_that_ended_epoch(trainer: Trainer) -> None:
+    """In ``on_train_epoch_end``: count the batch at which ``on_train_batch_start`` ended the epoch.
+
+    Before 2.6 Lightning ends the epoch there and then; ``before_batch_counts`` does not see it.
+    """
+    _count_as_started(trainer, completed=True)
 
 
 def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bool, steps: int, undo: ExitStack) -> None:
