@@ -19,6 +19,7 @@ from lightning_bsl.callbacks.loop import (
     before_batch_counts,
     count_batch_that_ended_epoch,
     forget_training_data,
+    isolate_validation,
     load_training_data,
     remake_training_data,
     set_epoch_length,
@@ -183,6 +184,7 @@ class BatchLRScheduler(Callback):
         self._start = StepStart()
         self._fit = Fit.begin(trainer, self._clock)
         remake_training_data(trainer, lambda ask: self._loaders(trainer, pl_module, ask), self._fit.undo)
+        isolate_validation(trainer, self._fit.undo)
         before_batch_counts(trainer, lambda batch_idx: self._pass(trainer, batch_idx), self._fit.undo)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -208,7 +210,8 @@ class BatchLRScheduler(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random generators of every process, so that a resumed run draws the same dropout masks."""
-        checkpoint["callbacks"][self.state_key]["rng"] = self._start.write(trainer, checkpoint)
+        state = checkpoint["callbacks"][self.state_key]
+        state["inside_step"], state["rng"] = self._start.rng is not None, self._start.write(trainer, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers, and see who owns the learning rates."""

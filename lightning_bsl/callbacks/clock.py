@@ -22,6 +22,7 @@ class RunClock:
         loader_start: The progress at the start of the epoch that the loader serves. It stays at the last epoch when the run is
             over, as Lightning asks the loader for its length once more, and there may be no next epoch to measure.
         end: Where the run ends: as far as the Trainer bounds it.
+        begun_at: The step at which this fit began, or goes on.
 
     Example:
         >>> clock = RunClock()
@@ -34,7 +35,7 @@ class RunClock:
 
     def __init__(self) -> None:
         self.progress = self.epoch_start = self.loader_start = Progress()
-        self.end = Horizon()
+        self.end, self.begun_at = Horizon(), 0
 
     @property
     def behind(self) -> int:
@@ -58,6 +59,7 @@ class RunClock:
             horizon: Its length in each unit, as far as it is known, for schedules over a fraction of it.
         """
         self.end = end
+        self.begun_at = self.progress.step
         self.epoch_start = self.progress  # Lightning begins an epoch anew that an exception ended
         self.set_horizon(horizon)
         if not self.finished:
@@ -100,6 +102,7 @@ class RunClock:
         horizon = self.progress.horizon
         self.epoch_start = Progress(**state["epoch_start"], horizon=horizon)
         self.progress = Progress(**state["progress"], horizon=horizon)
+        self.begun_at = self.progress.step
         if epoch_ended and self.progress.step > self.epoch_start.step:
             self.epoch_start = self.progress = self.progress.next_epoch()
         if not self.finished:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -105,12 +106,16 @@ def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, 
     cut = data.cut
     if len(cut(largest, largest)) == 1:
         return
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            "`training_step(dataloader_iter)` fetches its batches itself, so no step can be split into micro-batches: write "
+            "`training_step(batch)`, or leave out `max_device_batch_size` and `accumulate_grad_batches`"
+        )
     cap = f"max_device_batch_size={cut.max_device_batch_size}"
     limit, sizes = limit_of(trainer), {stage.batch_size for stage in plan.stages} if plan else {largest}
+    limited = (isinstance(limit, int) or limit != 1.0) and not trainer.fast_dev_run  # type: ignore[attr-defined]
     whole = cut.accumulate > 1 and isinstance(limit, int) and limit % cut.accumulate == 0
-    if (isinstance(limit, int) or limit != 1.0) and not (
-        whole and all(size % (cut.accumulate * cut.world_size) == 0 for size in sizes)
-    ):
+    if limited and not (whole and all(size % (cut.accumulate * cut.world_size) == 0 for size in sizes)):
         by = f"accumulate_grad_batches={cut.accumulate}" if cut.accumulate > 1 else cap
         raise MisconfigurationException(
             f"`limit_train_batches={limit}` counts micro-batches where `{by}` "
@@ -312,7 +317,7 @@ def check_val_interval(trainer: Trainer, data: DataSource, plan: Plan | None) ->
     Raises:
         MisconfigurationException: An int ``val_check_interval`` above the batches of a later epoch.
     """
-    interval = trainer.val_check_interval
+    interval = getattr(trainer, "val_check_interval", None)  # there is none where it is a time
     if plan is None or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
         return
     whole = [count for epoch, count in _batches(data, plan).items() if epoch < int(plan.epochs + 1e-4)]

@@ -124,10 +124,12 @@ class Resumed:
     Args:
         horizon: How long that run was to be.
         epoch_ended: Whether Lightning goes on with the epoch after the one that the checkpoint was saved in.
+        inside_step: Whether it was saved while a step was under way, which is taken again.
     """
 
     horizon: Horizon
     epoch_ended: bool
+    inside_step: bool
 
     @classmethod
     def read(cls, trainer: Trainer, checkpoint: dict[str, Any], key: str, start: StepStart) -> Resumed:
@@ -158,7 +160,7 @@ class Resumed:
         start_epoch_after_fit(checkpoint)
         states = state["rng"]
         start.restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
-        return cls(Horizon(**state["horizon"]), ended_epoch(checkpoint, trainer.max_steps))
+        return cls(Horizon(**state["horizon"]), ended_epoch(checkpoint, trainer.max_steps), state["inside_step"])
 
     def go_on(
         self, trainer: Trainer, fit: Fit, data: DataSource, clock: RunClock, schedule: JointSchedule, start: StepStart
@@ -180,11 +182,11 @@ class Resumed:
             # all of the next epoch's batches, at which Lightning begins it; where it has no length, none of them
             done = 0 if trainer.num_training_batches == math.inf else int(trainer.num_training_batches)
         if done is not None and not clock.finished:
-            set_batches_done(trainer, done)
+            set_batches_done(trainer, done, self.epoch_ended)
 
         def restore_inside_epoch() -> None:
             # whatever was drawn since, the step that is taken again is to see the same
-            if clock.progress.step > clock.epoch_start.step:
+            if self.inside_step or clock.progress.step > clock.epoch_start.step:
                 start.restore(trainer)
 
         start.restore(trainer)

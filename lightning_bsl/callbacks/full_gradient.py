@@ -200,16 +200,15 @@ class FullGradientMeasurer:
         """Each distinct example that the loader trains on."""
         batches: Any = loader.batch_sampler
         if type(batches) is BatchSampler or isinstance(batches, GlobalBatchSampler):
-            order = order_of(loader, self.seed)
+            order = order_of(loader, self.seed, world_size=data_parallel(trainer)[1])
             if isinstance(order, Permutation):
                 return list(range(order.num_examples))
-        if isinstance(batches, GlobalBatchSampler):
-            indices = cast(SamplerOrder, batches.order).first
-        else:
-            # a copy is asked: the sampler may count how often it was
-            theirs = batches.sampler if type(batches) is BatchSampler else batches
-            theirs = copy.deepcopy(theirs, {id(loader.dataset): loader.dataset})
-            indices = SamplerOrder(theirs, self.seed)(0)
+        # a copy is asked: the sampler may count how often it was
+        ours = cast(SamplerOrder, batches.order) if isinstance(batches, GlobalBatchSampler) else None
+        theirs = batches.sampler if type(batches) is BatchSampler else batches
+        theirs = copy.deepcopy(theirs if ours is None else ours.sampler, {id(loader.dataset): loader.dataset})
+        indices: list[Any] = SamplerOrder(theirs, self.seed if ours is None else ours.seed)(0)
+        if ours is None:
             if type(batches) is not BatchSampler:
                 indices = [index for batch in indices for index in batch]
             if data_parallel(trainer)[1] > 1:  # a process's sampler gives its own part

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -150,6 +151,21 @@ def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bo
     _replace(loop, "_on_before_fetch", on_before_fetch, undo)
 
 
+def isolate_validation(trainer: Trainer, undo: ExitStack) -> None:
+    """Have validations draw no random numbers from those that training goes on with.
+
+    A run that is resumed from a checkpoint just before a validation leaves the validation out.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    run = loop.run
+
+    def isolated() -> Any:
+        with isolate_rng():
+            return run()
+
+    _replace(loop, "run", isolated, undo)
+
+
 def take_step(trainer: Trainer, batch_idx: int, counted: bool) -> None:
     """Have the optimizer step with the gradients that are there.
 
@@ -201,7 +217,7 @@ def set_epoch_length(trainer: Trainer, index: int, batches: int) -> None:
     combined.limits[index] = batches  # in place: the live iterator shares the list
     batches = len(combined)
     cast(Any, loop._data_fetcher).length = loop.max_batches = batches
-    if isinstance(trainer.val_check_interval, float):
+    if isinstance(getattr(trainer, "val_check_interval", None), float):  # there is none where it is a time
         trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
     bar = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar):
@@ -235,10 +251,15 @@ def begin_epoch(trainer: Trainer) -> None:
     trainer.fit_loop.reset_restart_stage()
 
 
-def set_batches_done(trainer: Trainer, batches: int) -> None:
+def set_batches_done(trainer: Trainer, batches: int, epoch_ended: bool) -> None:
     """In ``on_train_start``: have Lightning resume an epoch after ``batches`` of its batches.
 
     The checkpoint counted the micro-batches of the run that saved it, and those of a step that was not finished.
+
+    Args:
+        trainer: The Trainer.
+        batches: Batches of the epoch that are done.
+        epoch_ended: Whether these are all, so that Lightning begins the next epoch.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     current, total = progress.current, cast(Any, progress.total)
@@ -247,6 +268,8 @@ def set_batches_done(trainer: Trainer, batches: int) -> None:
     shift = batches - in_batch_end - current.completed
     for name in ("ready", "started", "processed", "completed"):
         setattr(current, name, getattr(current, name) + shift)
+        if not epoch_ended:  # the interval of validations may be counted over all epochs
+            setattr(total, name, getattr(total, name) + shift)
 
 
 def start_epoch_after_fit(checkpoint: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class PlannedData:
         flat, others = [*given.flattened], []
         cycles = len(flat) > 1 and given._mode == "max_size_cycle"
         make = partial(self._sampler_of, made_at=made_at, cycles=cycles)
-        scheduled = make(flat[self.index], batch_size, lambda: self.clock.behind, self.cut)
+        scheduled = make(flat[self.index], batch_size, self._done, self.cut)
         processes = self.cut.world_size
         for i, loader in enumerate(flat):
             size = size_of(loader)
@@ -98,7 +98,7 @@ class PlannedData:
         self,
         loader: DataLoader[Any],
         batch_size: Any,
-        consumed: Callable[[], int],
+        consumed: Callable[[], int | None],
         cut: Cut,
         *,
         made_at: int,
@@ -106,7 +106,7 @@ class PlannedData:
     ) -> GlobalBatchSampler:
         theirs, clock = cast(Any, loader.batch_sampler), self.clock
         return GlobalBatchSampler.of(
-            order_of(loader, self.seed, self._overfit, made_at),
+            order_of(loader, self.seed, self._overfit, made_at, self.cut.world_size),
             batch_size,
             lambda: clock.loader_start,
             consumed,
@@ -211,8 +211,19 @@ class PlannedData:
         for loader in self.loaders.flattened:
             end_workers(loader)
 
-    def _done_beside(self, sampler: GlobalBatchSampler) -> int:
+    def _trains(self, sampler: GlobalBatchSampler) -> bool:
+        """Whether it is training that begins to iterate, and not somebody who looks through the data while it goes on."""
+        clock = self.clock
+        return clock.progress.step in (clock.begun_at, clock.loader_start.step) or (sampler.cycles and sampler.exhausted)
+
+    def _done(self) -> int | None:
+        """Examples of the epoch that are trained."""
+        return self.clock.behind if self._trains(self.sampler) else None
+
+    def _done_beside(self, sampler: GlobalBatchSampler) -> int | None:
         """Examples that are trained of a loader beside, in all its passes of the epoch."""
+        if not self._trains(sampler):
+            return None
         batches, once = self.batches_done(), len(sampler)
         size = sampler.schedule.batch_size_at(self.clock.loader_start)
         passes, rest = divmod(batches, once) if sampler.cycles else (0, min(batches, once))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Samp
 from lightning_bsl.data.sampler import GlobalBatchSampler, Order, Permutation
 
 
-def order_of(loader: DataLoader[Any], seed: int, overfit: bool = False, asked_at: int = 0) -> Order:
+def order_of(loader: DataLoader[Any], seed: int, overfit: bool = False, asked_at: int = 0, world_size: int = 1) -> Order:
     """The order in which a loader would take its examples, resumable.
 
     Args:
@@ -24,43 +25,57 @@ def order_of(loader: DataLoader[Any], seed: int, overfit: bool = False, asked_at
         seed: Seed of permutations, and of what a sampler draws.
         overfit: Whether a few batches are to be overfitted, which must be the same in every epoch.
         asked_at: The epoch in which the loader was made.
+        world_size: Number of processes that share each step.
     """
     batches = cast(Any, loader.batch_sampler)
     if isinstance(batches, GlobalBatchSampler):
         return batches.order
-    sampler, number = batches.sampler, len(cast(Sized, loader.dataset)) if hasattr(loader.dataset, "__len__") else 0
-    if type(sampler) is SequentialSampler or overfit:
+    sampler, dataset = batches.sampler, cast(Any, loader.dataset)
+
+    def number() -> int:
+        return len(dataset)
+
+    if overfit:
         return Permutation(number, shuffle=False)
-    # one for each process is one for all: ours gives every process its share
-    if type(sampler) is DistributedSampler:
-        return Permutation(number, seed, sampler.shuffle)
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == number:
-        own = sampler.generator
-        return Permutation(number, seed if own is None else own.initial_seed())
-    return SamplerOrder(sampler, seed, asked_at)
+    kind, source = type(sampler), getattr(sampler, "dataset", getattr(sampler, "data_source", None))
+    if hasattr(dataset, "__len__") and source is not None and len(source) == number():
+        if kind is SequentialSampler:
+            return Permutation(number, shuffle=False)
+        # one for each process is one for all: ours gives every process its share
+        if kind is DistributedSampler and sampler.num_replicas == world_size:
+            return Permutation(number, seed, sampler.shuffle)
+        if kind is RandomSampler and not sampler.replacement and sampler.num_samples == number():
+            own = sampler.generator
+            return Permutation(number, seed if own is None else own.initial_seed())
+    return SamplerOrder(sampler, seed, asked_at, 100 * number() + 10**5 if hasattr(dataset, "__len__") else 10**7)
 
 
 class SamplerOrder:
     """The order of a sampler that the user gave: asked once an epoch (once a pass beside a longer loader), under our seed.
 
-    A sampler may count how often it was asked. A resumed run asks it for the epochs before, too.
+    It is asked as late as a loader would ask it, so that what hooks tell it between epochs counts. A sampler may count how
+    often it was asked: a resumed run asks it for the epochs before, too. One whose order follows from the training itself must
+    save that in its own way, and is resumed exactly from the end of an epoch.
 
     Args:
         sampler: Any iterable of indices. If it has ``set_epoch``, that is called.
         seed: Seeds every generator that it may draw from: the global ones, and those that it holds.
         first: The first epoch that it is asked for.
+        most: Indices of an epoch beyond which it is taken to have no end.
     """
 
-    def __init__(self, sampler: Any, seed: int, first: int = 0) -> None:
-        self.sampler, self.seed = sampler, seed
+    def __init__(self, sampler: Any, seed: int, first: int = 0, most: int = 10**7) -> None:
+        self.sampler, self.seed, self.most = sampler, seed, most
         self._next = first
         self._epoch = -1
         self._passes: list[list[Any]] = []  # of the epoch at hand
-        self.first: list[Any] = []  # what it gave first
 
     def length(self, epoch: int) -> int:
-        """Examples of one pass in ``epoch``."""
-        return len(self(epoch))
+        """Examples of one pass in ``epoch``: as it says; it is asked only if it does not say."""
+        if epoch == self._epoch or not hasattr(self.sampler, "__len__"):
+            return len(self(epoch))
+        self._tell(epoch)
+        return len(self.sampler)
 
     def __call__(self, epoch: int, cycle: int = 0) -> list[Any]:
         """The indices of a pass.
@@ -73,7 +88,13 @@ class SamplerOrder:
                 self._ask(missed, 0)
             self._epoch, self._passes, self._next = epoch, [], epoch + 1
         while len(self._passes) <= cycle:
+            said = len(self.sampler) if hasattr(self.sampler, "__len__") and not self._passes else None
             self._passes.append(self._ask(epoch, len(self._passes)))
+            if said not in (None, len(self._passes[0])):
+                raise MisconfigurationException(
+                    f"the sampler {type(self.sampler).__name__} has a `__len__` of {said}, but gave {len(self._passes[0])} "
+                    f"examples in epoch {epoch}: correct its `__len__`, or leave it out"
+                )
             if len(self._passes[-1]) != len(self._passes[0]):
                 raise MisconfigurationException(
                     f"the sampler {type(self.sampler).__name__} gave {len(self._passes[0])} examples, and then "
@@ -82,12 +103,19 @@ class SamplerOrder:
         return self._passes[cycle]
 
     def _ask(self, epoch: int, cycle: int) -> list[Any]:
+        self._tell(epoch)
+        with isolate_rng(), _seeded(self.sampler, [self.seed, epoch, 3, cycle]):
+            indices = list(islice(self.sampler, self.most + 1))
+        if len(indices) > self.most:
+            raise MisconfigurationException(
+                f"the sampler {type(self.sampler).__name__} gave more than {self.most} examples in epoch {epoch}, and seems to "
+                "have no end: have it end an epoch"
+            )
+        return indices
+
+    def _tell(self, epoch: int) -> None:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
-        with isolate_rng(), _seeded(self.sampler, [self.seed, epoch, 3, cycle]):
-            indices = list(self.sampler)
-        self.first = self.first or indices
-        return indices
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class Permutation:
     """A permutation of the data set that depends on (seed, epoch) alone.
 
     Args:
-        num_examples: Examples of the data set.
+        num_examples: Examples of the data set; a function where it may change between epochs.
         seed: Seed of the permutations.
         shuffle: Whether to permute at all.
         samples_per_epoch: Only the first so many of each permutation; all of them by default.
@@ -125,22 +125,34 @@ class Permutation:
         ValueError: ``samples_per_epoch`` is not between 1 and ``num_examples``.
     """
 
-    def __init__(self, num_examples: int, seed: int = 0, shuffle: bool = True, samples_per_epoch: int | None = None) -> None:
-        if samples_per_epoch is not None and not 1 <= samples_per_epoch <= num_examples:
+    def __init__(
+        self,
+        num_examples: int | Callable[[], int],
+        seed: int = 0,
+        shuffle: bool = True,
+        samples_per_epoch: int | None = None,
+    ) -> None:
+        self._number = num_examples
+        if samples_per_epoch is not None and not 1 <= samples_per_epoch <= self.num_examples:
             raise ValueError(
-                f"`samples_per_epoch={samples_per_epoch}` must lie between 1 and the {num_examples} examples of the data set"
+                f"`samples_per_epoch={samples_per_epoch}` must lie between 1 and the {self.num_examples} examples of the data "
+                "set"
             )
-        self.num_examples, self.seed, self.shuffle = num_examples, seed, shuffle
-        self.samples_per_epoch = samples_per_epoch or num_examples
+        self.seed, self.shuffle, self.samples_per_epoch = seed, shuffle, samples_per_epoch
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the data set."""
+        return self._number() if callable(self._number) else self._number
 
     def length(self, epoch: int) -> int:
         """Examples of one pass."""
-        return self.samples_per_epoch
+        return self.samples_per_epoch or self.num_examples
 
     def __call__(self, epoch: int, cycle: int = 0) -> Tensor:
         """The indices, int64."""
         if not self.shuffle:
-            return torch.arange(self.samples_per_epoch)
+            return torch.arange(self.length(epoch))
         generator = epoch_generator(self.seed, epoch, cycle=cycle)
         return torch.randperm(self.num_examples, generator=generator)[: self.samples_per_epoch]
 
@@ -158,7 +170,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         num_examples: Examples of the data set.
         batch_size: The global batch size of a step: an ``int``, a schedule, or a function of progress.
         clock: Returns the progress at the start of the epoch that is iterated next.
-        consumed: Returns how many of that epoch's examples are consumed already, where a run was resumed inside it.
+        consumed: Returns how many of that epoch's examples are consumed already, where a run was resumed inside it;
+            ``None`` for somebody who looks through the whole epoch, beside training.
         seed: Seed of the permutations.
         shuffle: Whether to permute at all.
         rank: Index of this process, which gets its share of each step.
@@ -184,7 +197,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         num_examples: int,
         batch_size: Function | int,
         clock: Callable[[], Progress] = Progress,
-        consumed: Callable[[], int] = int,
+        consumed: Callable[[], int | None] = int,
         *,
         seed: int = 0,
         shuffle: bool = True,
@@ -203,6 +216,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.as_tensors = as_tensors
         self.drops_last = drop_last  # not `drop_last`, `batch_size` or `sampler`: Lightning rebuilds batch samplers with those
         self.cycles = False  # whether an epoch may have further passes, beside a longer loader
+        self.exhausted = False  # whether the pass that was begun last was handed out
         self.pass_start = 0  # examples of the epoch before the pass that was begun last
         self.handed_out = 0  # examples of the epoch's steps that were asked for: workers ask ahead of what is trained
 
@@ -212,7 +226,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         order: Order,
         batch_size: Function | int,
         clock: Callable[[], Progress],
-        consumed: Callable[[], int],
+        consumed: Callable[[], int | None],
         cut: Cut,
         *,
         drop_last: bool = False,
@@ -284,6 +298,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """The indices of this process, step by step, to the end of the pass."""
         # the clock is read now, not when a worker asks for the first batch
         progress, consumed, start, cycle = self.clock(), self.consumed(), 0, 0
+        if consumed is None:
+            return self._steps(progress, 0, 0, 0, counts=False)
         while self.cycles and consumed > start:
             found = self._runs(progress)
             taken = sum(run.examples for run in found)
@@ -291,10 +307,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 break
             start, cycle = start + taken, cycle + 1
             progress = progress.advance(taken, sum(run.steps for run in found))
-        self.pass_start, self.handed_out = start, consumed
+        self.pass_start, self.handed_out, self.exhausted = start, consumed, False
         return self._steps(progress, cycle, start, consumed)
 
-    def _steps(self, progress: Progress, cycle: int, start: int, consumed: int) -> Iterator[list[int]]:
+    def _steps(self, progress: Progress, cycle: int, start: int, consumed: int, counts: bool = True) -> Iterator[list[int]]:
         order: Any = self.order(progress.epoch, cycle)
         if not self.as_tensors:
             order = order.tolist() if isinstance(order, Tensor) else order
@@ -305,15 +321,18 @@ class GlobalBatchSampler(Sampler[list[int]]):
             batch_size = size_at(self.schedule, progress, len(order), batch_size)
             step = order[position : position + batch_size]
             if self.drops_last and len(step) < batch_size:
-                return
+                break
             position += len(step)
             progress = progress.advance(len(step))
             if start + position <= consumed:
                 continue
-            self.handed_out = start + position
+            if counts:
+                self.handed_out = start + position
             for part in self.cut(len(step), batch_size):
                 # a process without a share must step with the others all the same: it repeats an example, at weight 0
                 yield step[part] if part.stop > part.start else step[:1]
+        if counts:
+            self.exhausted = True
 
     def permutation(self, epoch: int) -> list[int]:
         """The order of the examples in ``epoch``."""
