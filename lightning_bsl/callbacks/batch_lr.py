@@ -184,7 +184,7 @@ class BatchLRScheduler(Callback):
         self._start = StepStart()
         self._fit = Fit.begin(trainer, self._clock)
         remake_training_data(trainer, lambda ask: self._loaders(trainer, pl_module, ask), self._fit.undo)
-        isolate_validation(trainer, self._fit.undo)
+        isolate_validation(trainer, lambda: self._start.kept(trainer), self._fit.undo)
         before_batch_counts(trainer, lambda batch_idx: self._pass(trainer, batch_idx), self._fit.undo)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class BatchLRScheduler(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random generators of every process, so that a resumed run draws the same dropout masks."""
         state = checkpoint["callbacks"][self.state_key]
-        state["inside_step"], state["rng"] = self._start.rng is not None, self._start.write(trainer, checkpoint)
+        state["inside_step"], state["rng"] = self._splitter.under_way, self._start.write(trainer, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers, and see who owns the learning rates."""
@@ -239,6 +239,9 @@ class BatchLRScheduler(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the learning rate of the epoch's first step."""
+        assert self._data is not None
+        if self._data.is_stale():  # the data have changed after Lightning asked for their length
+            set_epoch_length(trainer, self._data.index, len(self._data.loaders.flattened[self._data.index]))
         self._look_up()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -301,11 +304,10 @@ class BatchLRScheduler(Callback):
         self._splitter.drop()  # the epoch may have ended inside a step
         count_batch_that_ended_epoch(trainer)
         self._start.clear()
-        before = data.shape()
         clock.next_epoch()
         if clock.finished:
             return
-        if data.shape() != before or self._fit.is_due(data, clock.loader_start.epoch):
+        if data.is_stale() or self._fit.is_due(data, clock.loader_start.epoch):
             self._fit.reload(trainer)
         self._look_up()  # before the others' `on_train_epoch_start`: LearningRateMonitor reads the rate there
 

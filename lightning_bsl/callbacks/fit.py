@@ -20,6 +20,7 @@ from lightning_bsl.callbacks.loop import (
     ended_epoch,
     resume_quietly,
     set_batches_done,
+    set_steps_taken,
     start_epoch_after_fit,
 )
 from lightning_bsl.callbacks.snapshot import StepStart
@@ -184,13 +185,14 @@ class Resumed:
         if done is not None and not clock.finished:
             set_batches_done(trainer, done, self.epoch_ended)
 
-        def restore_inside_epoch() -> None:
+        def before_fetch() -> None:
+            set_steps_taken(trainer, clock.progress.step)
             # whatever was drawn since, the step that is taken again is to see the same
             if self.inside_step or clock.progress.step > clock.epoch_start.step:
                 start.restore(trainer)
 
         start.restore(trainer)
-        resume_quietly(trainer, restore_inside_epoch, data.exact, clock.progress.step, fit.undo)
+        resume_quietly(trainer, before_fetch, data.exact, fit.undo)
 
     def _warn_of_jump(self, clock: RunClock, schedule: JointSchedule) -> None:
         """Warn if the schedules jump where a run goes on for another length than it was begun with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -119,14 +118,13 @@ def count_batch_that_ended_epoch(trainer: Trainer) -> None:
     _count_as_started(trainer, completed=True)
 
 
-def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bool, steps: int, undo: ExitStack) -> None:
+def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bool, undo: ExitStack) -> None:
     """In ``on_train_start`` of a run that goes on: prepare its first batch.
 
     Args:
         trainer: The Trainer.
         before_fetch: Called once, before the first batch is fetched.
         exact: Whether the loaders go on where they were: then Lightning says nothing of loaders that cannot.
-        steps: Steps that were taken. Lightning counts one too many where a checkpoint was saved inside a step.
         undo: Puts everything back when it is closed.
     """
     loop = trainer.fit_loop.epoch_loop
@@ -134,25 +132,22 @@ def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bo
     once = [before_fetch]
 
     def quiet_reset() -> None:
-        restarting = loop.restarting
         with warnings.catch_warnings():
-            if exact:
-                warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")
+            warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader")
             reset()
-        if restarting:
-            loop._batches_that_stepped = steps
 
     def on_before_fetch() -> None:
         start_fetch()
         if once:
             once.pop()()
 
-    _replace(loop, "reset", quiet_reset, undo)
+    if exact:
+        _replace(loop, "reset", quiet_reset, undo)
     _replace(loop, "_on_before_fetch", on_before_fetch, undo)
 
 
-def isolate_validation(trainer: Trainer, undo: ExitStack) -> None:
-    """Have validations draw no random numbers from those that training goes on with.
+def isolate_validation(trainer: Trainer, isolate: Callable[[], AbstractContextManager[None]], undo: ExitStack) -> None:
+    """Have validations run in a context, in which they draw no random numbers from those that training goes on with.
 
     A run that is resumed from a checkpoint just before a validation leaves the validation out.
     """
@@ -160,7 +155,7 @@ def isolate_validation(trainer: Trainer, undo: ExitStack) -> None:
     run = loop.run
 
     def isolated() -> Any:
-        with isolate_rng():
+        with isolate():
             return run()
 
     _replace(loop, "run", isolated, undo)
@@ -184,6 +179,14 @@ def take_step(trainer: Trainer, batch_idx: int, counted: bool) -> None:
         trainer.lightning_module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
     else:
         loop._optimizer_step(batch_idx, closure)
+
+
+def set_steps_taken(trainer: Trainer, steps: int) -> None:
+    """Before a batch is fetched: say how many steps were taken.
+
+    Lightning counts one too many after a resume from a checkpoint that was saved inside a step.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps
 
 
 def steps_taken(trainer: Trainer) -> int:

@@ -64,7 +64,8 @@ class PlannedData:
         # the epoch in which a run that was not interrupted would have asked for these loaders
         made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
         self.loaders, self.sampler, self.others = self._remade(given, batch_size, made_at)
-        self._planned = self.sampler.num_examples
+        self._planned, self._said = self.sampler.num_examples, -1
+        self._batches: list[int] = []  # of each loader, when Lightning asked for them last
         self.exact = len(self.others) + 1 == len(given.flattened)
 
     def _remade(
@@ -154,9 +155,23 @@ class PlannedData:
         """Whether any step of a plan has several micro-batches."""
         return any(len(self.cut(stage.batch_size, stage.batch_size)) > 1 for stage in plan.stages)
 
-    def shape(self) -> object:
-        """The batches of an epoch."""
-        return tuple(len(sampler) for sampler in (self.sampler, *self.others))
+    def is_stale(self) -> bool:
+        """Whether the batches of an epoch are others than when Lightning asked for the loaders."""
+        batches, self._batches = self._batches, self._lengths()
+        self._say_if_unplanned()
+        return batches != self._batches
+
+    def _lengths(self) -> list[int]:
+        return [len(sampler) for sampler in (self.sampler, *self.others)]
+
+    def _say_if_unplanned(self) -> None:
+        epoch, number = self.clock.loader_start.epoch, self.sampler.num_examples
+        if number != self._planned and epoch != self._said:
+            self._said = epoch
+            rank_zero_warn(
+                f"epoch {epoch} has {number} training examples, but the run was planned with {self._planned} in each epoch: "
+                "schedules over a fraction of the run, and `estimated_steps`, count with those"
+            )
 
     def batches_done(self) -> int:
         """Micro-batches of whole steps, and of the step under way."""
@@ -181,12 +196,8 @@ class PlannedData:
             self.close()
             self.asked_at = self.clock.loader_start.epoch
             self.loaders, self.sampler, self.others = self._remade(given, self.sampler.schedule.batch_size, self.asked_at)
-        number = self.sampler.num_examples
-        if number != self._planned:
-            rank_zero_warn(
-                f"epoch {self.clock.loader_start.epoch} has {number} training examples, but the run was planned with "
-                f"{self._planned} in each epoch: schedules over a fraction of the run, and `estimated_steps`, count with those"
-            )
+        self._batches = self._lengths()
+        self._say_if_unplanned()
         return self.loaders
 
     @property
@@ -204,7 +215,8 @@ class PlannedData:
         return [order(self.clock.loader_start.epoch) for order in orders if isinstance(order, SamplerOrder)]
 
     def check(self, plan: Plan | None) -> None:
-        """Their sampler is the plan's."""
+        """Their sampler is the plan's; note how long an epoch is."""
+        self._batches = self._lengths()
 
     def close(self) -> None:
         """End the workers."""

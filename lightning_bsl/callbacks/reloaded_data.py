@@ -112,9 +112,9 @@ class ReloadedData:
         """Whether any step of a plan has several micro-batches."""
         return any(len(self.cut(stage.batch_size, stage.batch_size)) > 1 for stage in plan.stages)
 
-    def shape(self) -> object:
-        """The batch size."""
-        return self.schedule.batch_size_at(self.clock.loader_start)
+    def is_stale(self) -> bool:
+        """Whether the batch size is another than was set."""
+        return self._set != self.schedule.batch_size_at(self.clock.loader_start)
 
     def batches_done(self) -> int | None:
         """Lightning's own count stands."""
@@ -127,7 +127,8 @@ class ReloadedData:
 
     def _make(self, ask: Ask) -> CombinedLoader:
         self.asked_at, self._consumed = self.clock.loader_start.epoch, 0
-        size = self._local(self.schedule.batch_size_at(self.clock.loader_start))
+        self._set = self.schedule.batch_size_at(self.clock.loader_start)
+        size = self._local(self._set)
         lightning_setattr(self._module, "batch_size", size)
         given = as_combined(ask())
         flat = [*given.flattened]

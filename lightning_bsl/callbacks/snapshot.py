@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -105,6 +108,19 @@ class StepStart:
             # buffers, and the metrics that are saved
             state = ((name, value) for name, value in module.state_dict().items() if name not in weights)
             self._state = {name: value.clone() for name, value in state if isinstance(value, Tensor)}
+
+    @contextmanager
+    def kept(self, trainer: Trainer) -> Iterator[None]:
+        """For a while, have checkpoints save the generators as they are now: training goes on from these."""
+        inside_step = self.rng is not None
+        if not inside_step:
+            self.rng = rng_state(trainer.strategy.root_device)
+        try:
+            with isolate_rng():
+                yield
+        finally:
+            if not inside_step:
+                self.rng = None
 
     def clear(self) -> None:
         """The step is taken."""

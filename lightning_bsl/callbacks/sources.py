@@ -64,8 +64,8 @@ class DataSource(Protocol):
         """Whether any step of a plan has several micro-batches."""
         ...
 
-    def shape(self) -> object:
-        """What Lightning has to be told when it changes from one epoch to the next."""
+    def is_stale(self) -> bool:
+        """Whether Lightning must ask for the loaders again: the epoch that begins has another length or batch size."""
         ...
 
     def batches_done(self) -> int | None:
