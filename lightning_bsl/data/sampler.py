@@ -316,9 +316,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
             order = order.tolist() if isinstance(order, Tensor) else order
         elif not isinstance(order, Tensor):
             order = torch.tensor(order)
-        position, batch_size = 0, None
+        position, batch_size, schedule, settled = 0, 0, self.schedule, 0.0
         while position < len(order):
-            batch_size = size_at(self.schedule, progress, len(order), batch_size)
+            if settled < 1 or schedule is not self.schedule:  # else it is sure to stay
+                schedule = self.schedule
+                batch_size = size_at(schedule, progress, len(order), batch_size or None)
+                settled = schedule.batch_steps_to_change(progress, batch_size)
+            settled -= 1
             step = order[position : position + batch_size]
             if self.drops_last and len(step) < batch_size:
                 break

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
@@ -248,6 +250,7 @@ def test_a_module_that_fetches_its_batches() -> None:
         assert model.sizes == []
 
 
+@pytest.mark.skipif(Version(lightning.__version__) < Version("2.6"), reason="Lightning 2.6 takes a time between validations")
 @pytest.mark.parametrize("grows", [False, True])
 def test_a_time_between_validations(grows: bool) -> None:
     adaptive = AdaptiveBatchLRScheduler(6, 0.05, lambda *_: True, maximum=12, check_every=4)
