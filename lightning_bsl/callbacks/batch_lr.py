@@ -26,10 +26,12 @@ from lightning_bsl.callbacks.loop import (
     walk_steps,
     writes_step,
 )
-from lightning_bsl.callbacks.micro_batches import MemoryCeiling, StepSplitter
+from lightning_bsl.callbacks.loss_terms import LossTerms, MaskWarning, without_gradient
+from lightning_bsl.callbacks.micro_batches import MemoryCeiling, MicroBatch, StepSplitter
 from lightning_bsl.callbacks.rates import OwnRates, Rates, ScaledRates
 from lightning_bsl.callbacks.snapshot import StepStart
 from lightning_bsl.callbacks.sources import DataSource, source_of
+from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.schedules import JointSchedule, Plan, Progress, ScalingRule
 from lightning_bsl.schedules.functions import Function, Schedule
 
@@ -126,13 +128,17 @@ class BatchLRScheduler(Callback):
         return self._clock.epoch_start.samples + (self._data.handed_out if self._data else 0)
 
     @property
-    def micro_batch(self) -> tuple[int, float] | None:
-        """This process's examples in the backward pass under way, and the factor of their mean loss."""
-        return (self._splitter.micro_batch, self._splitter.weight) if self._splitter.under_way else None
+    def micro_batch(self) -> MicroBatch | None:
+        """What this process puts through the model in the backward pass under way."""
+        splitter = self._splitter
+        if not splitter.under_way:
+            return None
+        terms = splitter.micro_batch if splitter.terms is None else splitter.terms.piece
+        return MicroBatch(splitter.micro_batch, splitter.weight, terms)
 
     @property
     def corrected(self) -> float:
-        """What the gradients of the step under way were multiplied by, as some micro-batches had nothing to train."""
+        """What the gradients of the step under way were multiplied by to be a mean; 0 where the step had nothing to train."""
         return self._splitter.corrected
 
     def estimated_steps(self, trainer: Trainer) -> int:
@@ -183,6 +189,8 @@ class BatchLRScheduler(Callback):
         self.plan = self._data = None
         self._start = StepStart()
         self._fit = Fit.begin(trainer, self._clock)
+        self._splitter.terms = LossTerms.of(trainer, pl_module)
+        self._splitter.watch = MaskWarning(pl_module, data_parallel(trainer)[1])
         remake_training_data(trainer, lambda ask: self._loaders(trainer, pl_module, ask), self._fit.undo)
         isolate_validation(trainer, lambda: self._start.kept(trainer), self._fit.undo)
         before_batch_counts(trainer, lambda batch_idx: self._pass(trainer, batch_idx), self._fit.undo)
@@ -252,7 +260,7 @@ class BatchLRScheduler(Callback):
             fit.first_batch = False
             if self.plan is None or len({stage.batch_size for stage in self.plan.stages}) > 1:
                 expect_other_sizes(batch)
-        self._open(trainer, batch_idx)
+        self._open(trainer, batch_idx, batch)
         if self._start.rng is None:
             self._start.note(trainer, splitter.split)
         if splitter.split and not splitter.has_gradient:
@@ -265,12 +273,14 @@ class BatchLRScheduler(Callback):
         self._splitter.note_backward()
         # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
         weight = self._splitter.weight * trainer.accumulate_grad_batches
-        if weight != 1:
+        if weight == 0:
+            without_gradient(loss)
+        elif weight != 1:
             loss.register_hook(lambda gradient: gradient * weight)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Make the gradient the mean over what was trained, where micro-batches had nothing to train."""
-        self._splitter.correct(optimizer)
+        """Make the gradient the mean over what was trained."""
+        self._splitter.correct(optimizer, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -336,20 +346,20 @@ class BatchLRScheduler(Callback):
         self.plan = fit.make_plan(trainer, data, self.schedule, clock)
         return data.loaders
 
-    def _open(self, trainer: Trainer, batch_idx: int) -> None:
+    def _open(self, trainer: Trainer, batch_idx: int, batch: Any) -> None:
         """Begin a micro-batch, and the step if it is its first."""
         assert self._data is not None
         batch_size = self._setting.value.batch_size
         if not self._splitter.under_way:
             self._splitter.begin(self._data.step_examples(batch_size), batch_size)
-        self._splitter.begin_piece(self._data.count())
+        self._splitter.begin_piece(self._data.count(), batch)
         trainer.accumulate_grad_batches = self._splitter.windows(batch_idx)
 
     def _pass(self, trainer: Trainer, batch_idx: int) -> bool:
         """A batch is over, trained or not, and Lightning has not counted it yet; return whether it was given to be trained."""
         given = self._splitter.piece_begun
         if not given:  # it is None
-            self._open(trainer, batch_idx)
+            self._open(trainer, batch_idx, None)
         self._splitter.step_where_lightning_does_not(trainer, batch_idx, given)
         return given
 

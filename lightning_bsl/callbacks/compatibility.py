@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bsl.callbacks.loaders import limit_of
+from lightning_bsl.callbacks.loss_terms import has_loss_terms
 from lightning_bsl.callbacks.micro_batches import StepSplitter
 from lightning_bsl.callbacks.sources import DataSource
 from lightning_bsl.data.datamodule import BatchSizeDataModule
@@ -49,6 +50,11 @@ def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule
             f"with manual optimization `max_steps={trainer.max_steps}` counts the calls of `optimizer.step`, and nobody knows "
             "how many of them a batch makes, so the end of the run is not known. Bound it by `max_epochs`, with "
             "`limit_train_batches` for a part of an epoch, or by `max_time`"
+        )
+    if has_loss_terms(pl_module) and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            "`training_step(dataloader_iter)` fetches its batches itself, so `loss_terms(batch)` cannot be asked before the "
+            "backward pass: write `training_step(batch)`"
         )
     if max_device_batch_size == "auto":
         _refuse_auto(trainer, pl_module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.loaders import as_combined
 from lightning_bsl.callbacks.loop import end_workers, to_device
+from lightning_bsl.callbacks.loss_terms import count_terms, has_loss_terms
 from lightning_bsl.callbacks.micro_batches import cut, halved_to_fit
 from lightning_bsl.callbacks.snapshot import Snapshot
 from lightning_bsl.data.datamodule import data_parallel
@@ -32,7 +34,7 @@ class FullGradient(NamedTuple):
 
     Args:
         norm: Euclidean norm of the gradient of the mean loss, over all trainable parameters.
-        loss: The mean loss.
+        loss: The mean loss. Both are NaN for a mean over nothing.
     """
 
     norm: float
@@ -43,7 +45,7 @@ class FullGradientMeasurer:
     """Measures the gradient of the mean loss over the examples that a training loader trains on.
 
     The examples are those that the loader's sampler gives, each once: of a permutation all, of a sampler that draws (weighted,
-    a subset) those of its first epoch.
+    a subset) those of its first epoch. The mean is over examples, or over the terms that the module's ``loss_terms`` counts.
 
     Args:
         subset: Only that many random examples, the same ones every time; all by default.
@@ -57,7 +59,6 @@ class FullGradientMeasurer:
                 raise ValueError(f"`{name}={value}` must be 1 or more")
         self.subset, self.batch_size, self.seed = subset, batch_size, seed
         self.loader: DataLoader[Any] | None = None
-        self.number = 0  # of the examples
         self._fitting = batch_size  # examples that fit in memory at once
         self._names: Any = None  # the collection in which the loader is, if it is in one
 
@@ -120,39 +121,50 @@ class FullGradientMeasurer:
         parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         loss_total = torch.zeros((), dtype=totals[0].dtype, device=pl_module.device)
+        number = 0.0
         with undisturbed(trainer, pl_module):
             for batch, count in self._batches(trainer):
-                self._add(pl_module, batch, count, parameters, totals, loss_total)
+                number += self._add(pl_module, batch, count, parameters, totals, loss_total)
         if data_parallel(trainer)[1] > 1:
-            for total in (*totals, loss_total):
+            # two digits, as there is no float64 on Apple GPUs
+            numbers = torch.tensor(divmod(number, 2**20), dtype=loss_total.dtype, device=loss_total.device)
+            for total in (*totals, loss_total, numbers):
                 torch.distributed.all_reduce(total)
-        # there is no float64 on Apple GPUs
+            high, low = numbers.tolist()
+            number = high * 2**20 + low
         norm = torch.linalg.vector_norm(torch.stack([each.cpu().double() for each in torch._foreach_norm(totals)]))
-        return FullGradient(norm.item() / self.number, loss_total.item() / self.number)
+        if not number:
+            return FullGradient(math.nan, math.nan)  # a mean over nothing
+        return FullGradient(norm.item() / number, loss_total.item() / number)
 
     def _add(
         self, module: LightningModule, batch: Any, count: int, parameters: Sequence[Tensor], totals: list[Tensor], loss: Tensor
-    ) -> None:
-        """Add a batch's loss and gradients, both times its examples."""
+    ) -> float:
+        """Add a batch's loss and gradients, both times its terms (its examples unless told otherwise); return these."""
         mean_loss = getattr(module, "full_loss", None) or partial(training_loss, module)
-        done = 0
+        counted = has_loss_terms(module)
+        done, added = 0, 0.0
 
         def add(size: int) -> None:
-            nonlocal done
+            nonlocal done, added
             while done < count:
                 examples = min(size, count - done)
-                part_loss = mean_loss(batch if examples == count else cut(batch, done, examples, count))
-                gradients = torch.autograd.grad(part_loss, parameters, allow_unused=True)
-                found = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
-                parts = [gradient.to(total.dtype) for total, gradient in found]
-                torch._foreach_add_([total for total, _ in found], parts, alpha=examples)
-                loss.add_(part_loss.detach() * examples)
-                done += examples
+                part = batch if examples == count else cut(batch, done, examples, count)
+                terms = count_terms(module, part) if counted else examples
+                if terms:  # else the loss is a mean over nothing
+                    part_loss = mean_loss(part)
+                    gradients = torch.autograd.grad(part_loss, parameters, allow_unused=True)
+                    found = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
+                    parts = [gradient.to(total.dtype) for total, gradient in found]
+                    torch._foreach_add_([total for total, _ in found], parts, alpha=terms)
+                    loss.add_(part_loss.detach() * terms)
+                done, added = done + examples, added + terms
 
         size = min(count, self._fitting)
         fitted, _ = halved_to_fit(size, add)
         if fitted < size:
             self._fitting = fitted
+        return added
 
     def _batches(self, trainer: Trainer) -> Iterator[tuple[Any, int]]:
         """This process's share of the examples, on its device, and how many of them there are in each batch."""
@@ -175,14 +187,14 @@ class FullGradientMeasurer:
                 "which puts batches together from examples (`batch_size` is not None)"
             )
         indices: Any = self._examples(trainer, loader)
-        self.number = len(indices)
+        number = len(indices)
         if self.subset is not None:
-            if self.subset > self.number:
-                raise ValueError(f"`subset={self.subset}` is more than the {self.number} training examples")
-            chosen = torch.randperm(self.number, generator=epoch_generator(self.seed, 0, stream=2))[: self.subset]
+            if self.subset > number:
+                raise ValueError(f"`subset={self.subset}` is more than the {number} training examples")
+            chosen = torch.randperm(number, generator=epoch_generator(self.seed, 0, stream=2))[: self.subset]
             indices = [indices[i] for i in chosen.sort().values.tolist()]
-            self.number = self.subset
-        share = indices[share_of(self.number, *data_parallel(trainer))]
+            number = self.subset
+        share = indices[share_of(number, *data_parallel(trainer))]
         batches = [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
         if getattr(loader.dataset, "takes_tensors", False):
             batches = [torch.tensor(batch) for batch in batches]

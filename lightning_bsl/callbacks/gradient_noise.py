@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +22,8 @@ from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.full_gradient import training_loss, undisturbed
 from lightning_bsl.callbacks.loaders import batch_counts
 from lightning_bsl.callbacks.loop import logged_at, writes_step
-from lightning_bsl.callbacks.micro_batches import cut, is_out_of_memory
+from lightning_bsl.callbacks.loss_terms import count_terms, has_loss_terms
+from lightning_bsl.callbacks.micro_batches import MicroBatch, cut, is_out_of_memory
 from lightning_bsl.theory.noise_scale import Estimate, MovingAverage, Pieces, estimate
 
 
@@ -34,7 +35,7 @@ class _StepGradients:
         batch: The piece under way.
         batch_idx: Its index in the epoch.
         norms: Of the parameters' gradients in the backward pass under way.
-        pieces: Examples, weight in this process's gradient, and norms of each piece so far.
+        pieces: Each piece so far, and the norms of its gradients.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class _StepGradients:
         self.batch: Any = None
         self.batch_idx = 0
         self.norms: list[Tensor] = []
-        self.pieces: list[tuple[int, float, Tensor]] = []
+        self.pieces: list[tuple[MicroBatch, Tensor]] = []
 
     def watch(self, parameters: list[Tensor]) -> None:
         """Note the gradient of each backward pass, before it is added to others or averaged over processes."""
@@ -71,7 +72,10 @@ class GradientNoiseScale(Callback):
     step more, so it is done at every 50th step only, 1% of the time; the model is in training mode for it, and
     ``training_step`` is called with its logging suppressed. Training goes on bit for bit as if nothing had been measured.
 
-    What is measured is the gradient that ``training_step`` gives, before clipping: of a loss that is a mean over examples.
+    What is measured is the gradient that ``training_step`` gives, before clipping. A batch size is a number of examples; or,
+    with ``per="terms"``, of what the LightningModule's ``loss_terms(batch)`` counts, such as tokens: then Sigma is the
+    covariance of the gradients of single terms. ``per="examples"`` takes the gradient of a piece of n examples to have the
+    covariance Sigma/n whatever terms they have, which is so for pieces of one example, and for examples with equal terms.
     With BatchNorm a piece is normalised by its own examples, which the noise scale of the pieces then includes.
 
     Logs ``gradient_noise_scale``, ``gradient_sq_norm`` and ``gradient_variance``, moving averages, every
@@ -82,24 +86,34 @@ class GradientNoiseScale(Callback):
         every: Steps from one measurement to the next where the step is in pieces.
         extra_every: Steps from one pass over half a batch to the next where it is not; ``None`` for no such passes.
         smoothing: Weight of the past in the averages, from one measurement to the next.
+        per: What a batch size is a number of: ``"examples"`` or ``"terms"``.
 
     Raises:
-        ValueError: ``every`` or ``extra_every`` below 1, ``smoothing`` not between 0 and 1.
-        MisconfigurationException: At fit start: sharded parameters, or manual optimization. While training: a batch that has to
-            be halved or counted and cannot be.
+        ValueError: ``every`` or ``extra_every`` below 1, ``smoothing`` not between 0 and 1, an unknown ``per``.
+        MisconfigurationException: At fit start: sharded parameters, manual optimization, or terms that nobody counts. While
+            training: a batch that has to be halved or counted and cannot be.
 
     Example:
         >>> trainer = Trainer(max_epochs=9, callbacks=[GradientNoiseScale()], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, every: int = 10, extra_every: int | None = 50, smoothing: float = 0.95) -> None:
+    def __init__(
+        self,
+        every: int = 10,
+        extra_every: int | None = 50,
+        smoothing: float = 0.95,
+        per: Literal["examples", "terms"] = "examples",
+    ) -> None:
         for name, value in (("every", every), ("extra_every", extra_every)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be 1 or more")
         if not 0 < smoothing < 1:
             raise ValueError(f"`smoothing={smoothing}` must lie between 0 and 1")
+        if per not in ("examples", "terms"):
+            raise ValueError(f"unknown `per={per!r}`; write 'examples' or 'terms'")
         self.every = every
         self.extra_every = extra_every
+        self.per = per
         self.smoothing = smoothing
         self._sq_norm, self._variance = MovingAverage(smoothing), MovingAverage(smoothing)
         self._fitting = True  # not validating or testing
@@ -120,7 +134,7 @@ class GradientNoiseScale(Callback):
 
     @property
     def noise_scale(self) -> float | None:
-        """The ratio of the averages, in examples; ``None`` while they are not both above 0."""
+        """The ratio of the averages, in examples or in terms; ``None`` while they are not both above 0."""
         variance, sq_norm = self.gradient_variance or 0.0, self.gradient_sq_norm or 0.0
         return variance / sq_norm if variance > 0 and sq_norm > 0 and variance / sq_norm < math.inf else None
 
@@ -138,6 +152,11 @@ class GradientNoiseScale(Callback):
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "with manual optimization GradientNoiseScale cannot see which backward passes make up a step; leave it out"
+            )
+        if self.per == "terms" and not has_loss_terms(pl_module):
+            raise MisconfigurationException(
+                f"`per='terms'`, but {type(pl_module).__name__} does not say what its loss is a mean over: give it a method "
+                "`loss_terms(batch)` that returns how many terms, such as tokens, or write `per='examples'`"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,9 +206,9 @@ class GradientNoiseScale(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note a piece."""
         if self._step.hooks and self._step.norms:
-            examples, weight = self._micro_batch(trainer)
-            if examples:  # else this process only keeps the others company
-                self._step.pieces.append((examples, weight, torch.stack(self._step.norms)))
+            piece = self._micro_batch(trainer, pl_module)
+            if piece.examples and piece.terms:  # else it adds nothing
+                self._step.pieces.append((piece, torch.stack(self._step.norms)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure: the gradients are whole, and not clipped yet."""
@@ -200,13 +219,14 @@ class GradientNoiseScale(Callback):
         step.stop()
         scale = _loss_scale(trainer)
         pieces = Pieces()
-        for examples, weight, norms in step.pieces:
-            pieces = pieces.plus(examples, weight / trainer.world_size, _sq_sum([norms]) / (weight * scale) ** 2)
+        for piece, norms in step.pieces:
+            weight = piece.weight
+            pieces = pieces.plus(self._size(piece), weight / trainer.world_size, _sq_sum([norms]) / (weight * scale) ** 2)
         gradients = [each.grad for each in _parameters(optimizer) if each.grad is not None]
         sq_norm = _sq_sum(map(_norm, gradients))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             sq_norm /= scale**2  # such an optimizer undoes the scale of the loss only as it steps
-        if scheduler is not None:  # what it made of the sum of the pieces' gradients, where some had nothing to train
+        if scheduler is not None and scheduler.corrected:  # what it made of the sum of the pieces' gradients
             sq_norm /= scheduler.corrected**2
         if trainer.world_size > 1:  # the same numbers everywhere, down to the last bit
             sums = torch.tensor([*pieces, sq_norm / trainer.world_size], dtype=torch.float64)
@@ -242,27 +262,36 @@ class GradientNoiseScale(Callback):
         steps = logged_at(trainer)
         return every is not None and (steps + 1) % every == 0 and steps != self._left_out
 
-    def _micro_batch(self, trainer: Trainer) -> tuple[int, float]:
-        """Examples of the micro-batch under way, and what its mean loss was multiplied by."""
-        scheduler = _scheduler(trainer)
+    def _size(self, piece: MicroBatch) -> float:
+        return piece.terms if self.per == "terms" else piece.examples
+
+    def _micro_batch(self, trainer: Trainer, module: LightningModule) -> MicroBatch:
+        """The micro-batch under way."""
+        scheduler, step = _scheduler(trainer), self._step
         if scheduler is not None and scheduler.micro_batch is not None:
             return scheduler.micro_batch
         assert self._counts is not None
-        return self._counts(self._step.batch_idx), 1 / trainer.accumulate_grad_batches
+        examples = self._counts(step.batch_idx)
+        terms = count_terms(module, step.batch) if has_loss_terms(module) else examples
+        return MicroBatch(examples, 1 / trainer.accumulate_grad_batches, terms)
 
-    def _measure_half(self, trainer: Trainer, module: LightningModule, examples: int, sq_norm: float) -> None:
+    def _measure_half(self, trainer: Trainer, module: LightningModule, piece: MicroBatch, sq_norm: float) -> None:
         """Compute the gradient over half of the batch, and compare it with the step's over all of it."""
+        step, examples = self._step, piece.examples
         half = examples // 2
         if half < (2 if any(isinstance(each, _BatchNorm) for each in module.modules()) else 1):
             return
         try:
-            part = cut(self._step.batch, 0, half, examples)
+            part = cut(step.batch, 0, half, examples)
         except MisconfigurationException as error:
             raise MisconfigurationException(
                 "GradientNoiseScale cannot halve the batch, which holds other things than tensors and lists whose first "
                 f"dimension are its {examples} examples: write `extra_every=None`, and train in micro-batches or in several "
                 "processes, or leave it out"
             ) from error
+        half_piece = MicroBatch(half, 1.0, count_terms(module, part) if has_loss_terms(module) else half)
+        if not 0 < half_piece.terms < piece.terms:
+            return  # one of the halves has nothing to train
         try:
             half_sq_norm = self._half_sq_norm(trainer, module, part)
         except RuntimeError as error:
@@ -273,7 +302,7 @@ class GradientNoiseScale(Callback):
         if half_sq_norm is None:
             garbage_collection_cuda()
         else:
-            self._record(estimate(half_sq_norm, half, sq_norm, examples))
+            self._record(estimate(half_sq_norm, self._size(half_piece), sq_norm, self._size(piece)))
 
     def _half_sq_norm(self, trainer: Trainer, module: LightningModule, part: Any) -> float | None:
         parameters, scale = _parameters(trainer.optimizers[0]), _loss_scale(trainer)

@@ -17,9 +17,10 @@ class FullGradientNorm(Callback):
 
     The training set is what the loader's sampler gives, each example once.
     The model is in evaluation mode (no dropout, BatchNorm by its running statistics), images are not augmented, every example
-    counts alike, and the processes share the work. The value therefore does not depend on the batch size of the measurement
-    but for rounding. Training goes on bit for bit as if nothing had been measured. One measurement costs a forward and a
-    backward pass over the data, at the full precision of the weights.
+    counts alike, and the processes share the work. Where the loss is a mean over something else, such as tokens, a method
+    ``loss_terms(batch)`` of the LightningModule says how many, and each of those counts alike. The value therefore does not
+    depend on the batch size of the measurement but for rounding. Training goes on bit for bit as if nothing had been measured.
+    One measurement costs a forward and a backward pass over the data, at the full precision of the weights.
 
     The loss is what ``training_step`` returns, its logging suppressed; or, if the LightningModule has such a method,
     ``full_loss(batch)``: the mean loss of a batch.

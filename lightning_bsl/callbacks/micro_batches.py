@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,17 +16,33 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_bsl.callbacks.loop import Train, take_step
+from lightning_bsl.callbacks.loss_terms import LossTerms, MaskWarning, skip_step
 from lightning_bsl.callbacks.snapshot import Snapshot
 from lightning_bsl.data.sampler import Cut
 
 T = TypeVar("T")
 
 
+class MicroBatch(NamedTuple):
+    """What one process puts through the model at once.
+
+    Args:
+        examples: Examples of it.
+        weight: What its mean loss is multiplied by, where the gradients of processes are averaged.
+        terms: Terms that its loss is a mean over, where the module says so; else its examples.
+    """
+
+    examples: int
+    weight: float
+    terms: float
+
+
 class StepSplitter:
     """The micro-batches of the step under way: which one is next, what each counts for, and when the step is complete.
 
-    Its place follows from the batches that came, trained or not. What each counts for follows from the examples: a step's
-    gradient is the mean over the examples that were trained, also where a micro-batch had nothing to train.
+    Its place follows from the batches that came, trained or not. What each counts for follows from the examples, or from the
+    terms that the module says its loss is a mean over: a step's gradient is the mean over those that were trained, also where
+    a micro-batch had nothing to train.
 
     Args:
         limit: Most examples of a micro-batch; ``None`` for no bound.
@@ -37,7 +53,9 @@ class StepSplitter:
         pieces: This process's micro-batches.
         part: Index of the current one.
         split: Whether the step has several micro-batches.
-        corrected: What the gradients were multiplied by already, since micro-batches had nothing to train.
+        terms: What the loss is a mean over, where these are not the examples; set when a fit is set up.
+        watch: Looks at the batches of steps that are cut; set when a fit is set up.
+        corrected: What the gradients were multiplied by already to be a mean.
 
     Example:
         >>> splitter = StepSplitter(limit=2)
@@ -59,7 +77,10 @@ class StepSplitter:
         self.pieces: tuple[slice, ...] = ()
         self.part = 0
         self.split = False
+        self.terms: LossTerms | None = None
+        self.watch: MaskWarning | None = None
         self.corrected = 1.0
+        self._divided: set[int] = set()  # optimizers whose gradients are a mean already
         self._counts: list[int] = []  # examples of the micro-batches so far
         self._with_loss: set[int] = set()  # the indices of those that had one
 
@@ -90,6 +111,8 @@ class StepSplitter:
     @property
     def weight(self) -> float:
         """What the mean loss of the current micro-batch counts for in the step's, where processes are averaged."""
+        if self.terms is not None:
+            return self.terms.weight
         if not self.examples or not (self.split or self.cut.world_size > 1):
             return 1.0
         return self.micro_batch * self.cut.world_size / self.examples
@@ -127,13 +150,25 @@ class StepSplitter:
         self.pieces = self.cut(examples, batch_size) if examples else (slice(0, 0),)
         self.split = len(self.pieces) > 1
         self.examples, self.part, self.corrected, self._with_loss, self._counts = examples, 0, 1.0, set(), []
+        self._divided.clear()
+        if self.terms is not None:
+            self.terms.begin(examples, self.split)
 
-    def begin_piece(self, examples: int | None = None) -> None:
+    def begin_piece(self, examples: int | None = None, batch: Any = None) -> None:
         """Begin the current micro-batch.
 
         Args:
             examples: What was counted in it, where that is not as cut.
+            batch: The batch; ``None`` where there is nothing to train.
         """
+        self._count_examples(examples)
+        if self.watch is not None:
+            self.watch(batch, self.split)
+        if self.terms is not None:
+            # a process without a share only keeps the others company
+            self.terms.begin_piece(self.part, batch if self.micro_batch or not self.examples else None, self.micro_batch)
+
+    def _count_examples(self, examples: int | None) -> None:
         del self._counts[self.part :]
         piece = self.pieces[self.part]
         self._counts.append(piece.stop - piece.start if examples is None else examples)
@@ -141,17 +176,27 @@ class StepSplitter:
     def note_backward(self) -> None:
         """The current micro-batch has a loss."""
         self._with_loss.add(self.part)
+        self._divided.clear()
+        if self.terms is not None:
+            self.terms.note_backward()
 
-    def correct(self, optimizer: Optimizer) -> None:
+    def correct(self, optimizer: Optimizer, scaler: Any = None) -> None:
         """Make the gradient the mean over what was trained; before clipping.
 
         Args:
             optimizer: The optimizer that is about to step.
+            scaler: The loss scaler of mixed precision, if there is one.
         """
-        factor = self.correction
-        if factor == 1 or self.corrected != 1:
+        if id(optimizer) in self._divided:
+            return
+        self._divided.add(id(optimizer))
+        factor = self.correction if self.terms is None else self.terms.factor()
+        if factor == 1:
             return
         self.corrected = factor
+        if factor == 0:
+            skip_step(optimizer, scaler if self.has_loss else None)
+            return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -176,7 +221,7 @@ class StepSplitter:
                 "alone. Have `collate_fn` leave out only what it cannot read, or put something in its place"
             )
         complete = self.last or trainer.is_last_batch
-        if not (self.split and complete and self.has_gradient) or self.has_loss:
+        if not (self.split and complete and self.has_gradient) or self.has_loss or self.corrected == 0:
             return
         # Lightning steps at a batch whose loss is None, but a loss scaler then leaves out the step
         if not given or getattr(trainer.precision_plugin, "scaler", None) is not None:
@@ -199,11 +244,13 @@ class StepSplitter:
         self.pieces, self.split = (), False
 
     def state_dict(self) -> dict[str, Any]:
-        """The largest micro-batch, where one was found."""
-        return {"micro_batch_size": None}
+        """The largest micro-batch, where one was found, and the terms of an example."""
+        return {"micro_batch_size": None, "terms_per_example": self.terms.per_example if self.terms is not None else 0.0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore them."""
+        if self.terms is not None:
+            self.terms.per_example = state["terms_per_example"]
 
     def windows(self, batch_idx: int) -> int:
         """The ``accumulate_grad_batches`` that has Lightning step at the last micro-batch alone, and never clear gradients.
@@ -242,12 +289,17 @@ class MemoryCeiling(StepSplitter):
         self.cut = replace(self.cut, max_device_batch_size=None)
         super().begin(examples, batch_size)
 
+    def begin_piece(self, examples: int | None = None, batch: Any = None) -> None:
+        """Begin the step's batch; its terms are counted in the parts that are trained."""
+        self._count_examples(examples)
+
     def state_dict(self) -> dict[str, Any]:
-        """The largest micro-batch, where one was found."""
-        return {"micro_batch_size": self.size}
+        """The largest micro-batch, where one was found, and the terms of an example."""
+        return super().state_dict() | {"micro_batch_size": self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore them."""
+        super().load_state_dict(state)
         self.size = state["micro_batch_size"]
 
     def step(self, trainer: Trainer, batch: Any, train: Train) -> Tensor | None:
@@ -328,20 +380,23 @@ class MemoryCeiling(StepSplitter):
         """Train the step in micro-batches of ``size``, or the first of them; return the mean loss over what was trained."""
         self.cut = replace(self.cut, max_device_batch_size=size or None)
         super().begin(self.examples, self.examples)
-        self.begin_piece()
         first = self.pieces[0].start
         share = self.pieces[-1].stop - first
         loss: Tensor | None = None
         for i, part in enumerate(self.pieces[:1] if trial else self.pieces):
             if i:
                 self.end_piece()
-                self.begin_piece()
-            piece = cut(batch, part.start - first, self.micro_batch, share) if self.split else batch
+            piece = cut(batch, part.start - first, part.stop - part.start, share) if self.split else batch
+            super().begin_piece(batch=piece)
             part_loss = train(piece, i == 0 and not trial, not trial and self.last)
             if part_loss is not None:
-                part_loss = part_loss * (self.micro_batch / max(1, share)) if self.split else part_loss
+                if self.terms is not None:
+                    # of nothing it may be NaN
+                    part_loss = part_loss * self.terms.weight if self.terms.weight else torch.zeros_like(part_loss)
+                elif self.split:
+                    part_loss = part_loss * (self.micro_batch / max(1, share))
                 loss = part_loss if loss is None else loss + part_loss
-        return loss if loss is None or trial else loss * self.correction
+        return loss if loss is None or trial else loss * (self.correction if self.terms is None else self.terms.local_factor)
 
 
 def _warn_of(size: int) -> None:

@@ -58,9 +58,9 @@ class Pieces(NamedTuple):
     small: float = 0.0
     big: float = 0.0
 
-    def plus(self, examples: int, weight: float, sq_norm: float) -> Pieces:
-        """Count one more piece, of squared norm ``|g|^2``."""
-        piece = (1, weight, weight * sq_norm, weight / examples, weight**2 / examples)
+    def plus(self, size: float, weight: float, sq_norm: float) -> Pieces:
+        """Count one more piece, of size n and squared norm ``|g|^2``."""
+        piece = (1, weight, weight * sq_norm, weight / size, weight**2 / size)
         return Pieces(*(a + b for a, b in zip(self, piece)))
 
     def estimate(self, step_sq_norm: float) -> Estimate:

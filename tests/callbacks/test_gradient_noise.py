@@ -282,7 +282,7 @@ def test_a_step_that_ran_out_of_memory_half_way_is_counted_once() -> None:
 
     class Counting(GradientNoiseScale):
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-            counts.append([examples for examples, *_ in self._step.pieces])
+            counts.append([piece.examples for piece, _ in self._step.pieces])
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     counts: list[list[int]] = []
@@ -617,7 +617,7 @@ def test_the_last_batch_of_an_epoch_is_shorter(drop_last: bool) -> None:
     class Counts(Noting):
         def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
             super().on_after_backward(trainer, pl_module)
-            counts.append(self._step.pieces[-1][0])
+            counts.append(self._step.pieces[-1][0].examples)
 
     counts: list[int] = []
     loader = DataLoader(draws(10), batch_size=4, shuffle=True, drop_last=drop_last)
