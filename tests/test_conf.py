@@ -174,6 +174,13 @@ def test_the_language_workload_of_p4() -> None:
     assert instantiate(sign.model).configure_optimizers().defaults["betas"][1] == 0
 
 
+@pytest.mark.parametrize("data", ["eli5", "pydoc", "text"])
+def test_whole_documents(data: str) -> None:
+    for overrides, tokens in ((), 32), (("data.pack=false",), None):
+        datamodule = instantiate(compose_config(f"data={data}", "data.block_size=32", *overrides).data)
+        assert (datamodule.tokens_per_sample, datamodule.block_size) == (tokens, 32)
+
+
 @pytest.mark.parametrize("overrides", [("logger=none",), ("~logger", "~callbacks")])
 def test_no_logger_and_no_callbacks(overrides: tuple[str, ...], tmp_path: Path) -> None:
     cfg = compose_config(*overrides, f"hydra.runtime.output_dir={tmp_path}")

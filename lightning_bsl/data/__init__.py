@@ -5,7 +5,7 @@ from lightning_bsl.data.digits import Digits
 from lightning_bsl.data.image import CIFAR10, CIFAR100, FashionMNIST, ImageDataModule, ImageTensors, TinyImageNet
 from lightning_bsl.data.problems import LogisticData, QuadraticNoise, logistic_constants
 from lightning_bsl.data.sampler import GlobalBatchSampler
-from lightning_bsl.data.text import ELI5Category, PydocTopics, TextDataModule, TextFolder, TokenBlocks
+from lightning_bsl.data.text import ELI5Category, PydocTopics, TextDataModule, TextFolder, TokenBlocks, TokenDocuments
 
 __all__ = [
     "CIFAR10",
@@ -24,5 +24,6 @@ __all__ = [
     "TextFolder",
     "TinyImageNet",
     "TokenBlocks",
+    "TokenDocuments",
     "logistic_constants",
 ]

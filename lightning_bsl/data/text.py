@@ -1,4 +1,4 @@
-"""Text in blocks of tokens, packed once into a file that all processes map into memory."""
+"""Text as tokens, in blocks or document by document: packed once into a file that all processes map into memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lightning_bsl.data.datamodule import BatchSizeDataModule
@@ -34,7 +35,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _KINDS = (".txt", ".jsonl", ".json", ".parquet")
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train|val|dev|test)(?:id|idation)?(?![a-z])", re.IGNORECASE)
-_FORMAT = 2  # of the cache
+_FORMAT = 3  # of the cache
 
 
 class TokenBlocks(Dataset[Tensor]):
@@ -59,8 +60,7 @@ class TokenBlocks(Dataset[Tensor]):
     path: Path | None = None  # of the file that holds these tokens and no others
 
     def __init__(self, tokens: npt.NDArray[Any], block_size: int) -> None:
-        if block_size < 2:
-            raise ValueError(f"`block_size={block_size}` must be 2 or more: a token is predicted from those before it")
+        _check_block_size(block_size)
         if len(tokens) < block_size:
             raise ValueError(f"{len(tokens)} tokens do not fill one block of {block_size}; write a smaller `block_size`")
         self.tokens = tokens
@@ -101,6 +101,100 @@ def identity(batch: Tensor) -> Tensor:
     return batch
 
 
+class TokenDocuments(Dataset[Tensor]):
+    """Documents in a row of tokens, each an example by itself; a long one is cut into parts.
+
+    Every part but a document's last has ``block_size`` tokens. A part of a single token is no example: nothing of it could
+    be predicted.
+
+    Args:
+        tokens: Integers ``[n]``, in memory or mapped from a file.
+        ends: Where each document ends, in their order ``[documents]``: the index behind its last token.
+        block_size: Most tokens of an example.
+
+    Attributes:
+        lengths: Tokens of each example, int64 ``[examples]``.
+
+    Raises:
+        ValueError: ``block_size`` is below 2, or no document has 2 tokens.
+
+    Example:
+        >>> data = TokenDocuments(np.arange(11), ends=np.array([3, 4, 11]), block_size=4)
+        >>> [example.tolist() for example in data], data.lengths.tolist()
+        ([[0, 1, 2], [4, 5, 6, 7], [8, 9, 10]], [3, 4, 3])
+        >>> pad(data.__getitems__([0, 1]))["attention_mask"].tolist()
+        [[1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+
+    takes_tensors: ClassVar[bool] = True  # of indices
+    path: Path | None = None  # of the file that holds these tokens and no others, beside that of the ends
+
+    def __init__(self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.int64], block_size: int) -> None:
+        _check_block_size(block_size)
+        self.tokens, self.ends, self.block_size = tokens, ends, block_size
+        self._row, ends = np.asarray(tokens), np.asarray(ends)  # slices of a memmap are slow
+        first = np.concatenate([[0], ends[:-1]])
+        parts = -(-(ends - first) // block_size)  # of each document
+        part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)  # its number within its document
+        starts = np.repeat(first, parts) + part * block_size
+        lengths = np.minimum(np.repeat(ends, parts) - starts, block_size)
+        self._starts, self.lengths = starts[lengths > 1], lengths[lengths > 1]
+        if not len(self):
+            raise ValueError(f"none of the {len(ends):,} documents has 2 tokens: there is nothing to predict; give more text")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return an example, int64 ``[length]``."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
+        """Return examples, each int64 ``[length]``."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        places = zip(self._starts[chosen].tolist(), self.lengths[chosen].tolist())
+        return [torch.from_numpy(self._row[start : start + length].astype(np.int64)) for start, length in places]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send a worker the files' name, not what is in them."""
+        if self.path is not None:
+            return _open_documents, (self.path, self.tokens.dtype.str, self.block_size)
+        return type(self), (np.asarray(self.tokens), np.asarray(self.ends), self.block_size)
+
+
+def _open_documents(path: Path, dtype: str, block_size: int) -> TokenDocuments:
+    ends = np.memmap(_ends_of(path), np.int64, mode="r")
+    documents = TokenDocuments(np.memmap(path, dtype, mode="r"), ends, block_size)
+    documents.path = path
+    return documents
+
+
+def _ends_of(path: Path) -> Path:
+    """The file with the ends of the documents in a file of tokens."""
+    return path.with_name(f"{path.stem}_ends.bin")
+
+
+def pad(examples: list[Tensor]) -> dict[str, Tensor]:
+    """Collate examples of several lengths, with padding at the right.
+
+    Args:
+        examples: Tokens, each ``[length]``.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, 0 for padding: int64 ``[examples, longest]``.
+    """
+    if not examples:  # a process's share of a step may be empty
+        return dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(0, 0, dtype=torch.int64))
+    tokens = pad_sequence(examples, batch_first=True)
+    lengths = torch.tensor([len(example) for example in examples])
+    return {"input_ids": tokens, "attention_mask": (torch.arange(tokens.shape[1]) < lengths[:, None]).long()}
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size < 2:
+        raise ValueError(f"`block_size={block_size}` must be 2 or more: a token is predicted from those before it")
+
+
 class TextDataModule(BatchSizeDataModule):
     """Base of the text data sets: documents become one row of tokens, the row is cut into blocks.
 
@@ -108,8 +202,13 @@ class TextDataModule(BatchSizeDataModule):
     next. Fewer than ``block_size`` tokens at the very end of a split are in no block. A sample is a block, so that
     ``tokens = samples x block_size``: schedules may count in tokens, and they are logged.
 
+    With ``pack=False`` a sample is a document with the token that follows it, or a part of one longer than ``block_size``. A
+    batch is padded at the right to its longest sample: ``input_ids`` and ``attention_mask``, int64 ``[batch, longest]``. As
+    samples differ in length, schedules cannot count in tokens.
+
     Tokens are written once to ``cache_dir``, in a folder of their own for each state of the data and each tokenizer, which
-    appears there when it is complete. Every process maps them into memory. Blocks of another size need no other file.
+    appears there when it is complete. Every process maps them into memory. Blocks of another size, and whole documents, need
+    no other file.
 
     Where the data are not split, whole documents go to validation, chosen by their content: copies of one text are on the
     same side, and the choice does not depend on their order. The tokenizer is trained on training documents only.
@@ -118,7 +217,8 @@ class TextDataModule(BatchSizeDataModule):
 
     Args:
         root: Folder of the data set, ``data`` by default.
-        block_size: Tokens of a block.
+        block_size: Tokens of a block; of whole documents the most tokens of a sample.
+        pack: Whether to cut the row of all documents into blocks; else whole documents are served.
         tokenizer: ``"train"``: a byte-level BPE trained on the data. ``"auto"``: GPT-2's where its file is in the cache of
             `huggingface_hub` or can be downloaded, else as ``"train"``, with a warning. Or a ``tokenizer.json``, a folder
             with that or with ``vocab.json`` and ``merges.txt``, or the name of a model on the hub (``"gpt2"``).
@@ -130,7 +230,7 @@ class TextDataModule(BatchSizeDataModule):
 
     Raises:
         ValueError: An argument out of range; when loading: a tokenizer of more than ``vocab_size`` tokens or without an
-            end of text, data that cannot be split, or a split shorter than one block.
+            end of text, data that cannot be split, or a split without a sample.
         FileNotFoundError: When loading: no data, or no such tokenizer.
         ModuleNotFoundError: When loading: the ``text`` extra is not installed.
     """
@@ -140,6 +240,7 @@ class TextDataModule(BatchSizeDataModule):
         root: str | Path | None = None,
         *,
         block_size: int = 128,
+        pack: bool = True,
         tokenizer: str | Path = "auto",
         vocab_size: int = 50257,
         val_fraction: float = 0.1,
@@ -147,15 +248,15 @@ class TextDataModule(BatchSizeDataModule):
         cache_dir: str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(collate_fn=identity, **{"eval_batch_size": 8} | options)
-        if block_size < 2:
-            raise ValueError(f"`block_size={block_size}` must be 2 or more: a token is predicted from those before it")
+        super().__init__(collate_fn=identity if pack else pad, **{"eval_batch_size": 8} | options)
+        _check_block_size(block_size)
         if not 0 < val_fraction < 1:
             raise ValueError(f"`val_fraction={val_fraction}` must lie between 0 and 1")
         if tokenizer in ("train", "auto") and vocab_size < 257:
             raise ValueError(f"`vocab_size={vocab_size}` must be 257 or more: the 256 bytes and the end of a text")
         self.root = Path("data" if root is None else root).expanduser()
-        self.block_size = self.tokens_per_sample = block_size
+        self.block_size, self.pack = block_size, pack
+        self.tokens_per_sample = block_size if pack else None
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.val_fraction = val_fraction
@@ -185,7 +286,7 @@ class TextDataModule(BatchSizeDataModule):
 
     @property
     def num_epoch_examples(self) -> int:
-        """Training blocks of one epoch; known before they are loaded if ``samples_per_epoch`` says so."""
+        """Training examples of one epoch; known before they are loaded if ``samples_per_epoch`` says so."""
         if self.train_set is None and self.samples_per_epoch is not None:
             return self.samples_per_epoch
         return super().num_epoch_examples
@@ -206,15 +307,20 @@ class TextDataModule(BatchSizeDataModule):
             return
         folder = self._packed(connect=False)
         about = json.loads((folder / "about.json").read_text())
-        sets: dict[str, TokenBlocks] = {}
+        open_split: Any = _open_blocks if self.pack else _open_documents
+        least = self.block_size if self.pack else 2
+        sets: dict[str, Dataset[Tensor]] = {}
         for split in SPLITS:
             number = about["tokens"].get(split, 0)
-            if number >= self.block_size:
-                sets[split] = _open_blocks(folder / f"{split}.bin", about["dtype"], self.block_size)
+            if number >= least:
+                sets[split] = open_split(folder / f"{split}.bin", about["dtype"], self.block_size)
             elif split != "test" or number:
+                lack, remedy = "make a sample", ""
+                if self.pack:
+                    lack, remedy = f"fill one block of {self.block_size}", "a smaller `block_size`, "
                 raise ValueError(
-                    f"the {split} split has {number:,} tokens, which do not fill one block of {self.block_size}; write a "
-                    "smaller `block_size`, another `val_fraction` where the data are not split, or give more text"
+                    f"the {split} split has {number:,} tokens, which do not {lack}; write {remedy}another `val_fraction` where "
+                    "the data are not split, or give more text"
                 )
         self.train_set, self.val_set, self.test_set = (sets.get(split) for split in SPLITS)
         self.trained_tokenizer = about["trained_tokenizer"]
@@ -244,7 +350,7 @@ class TextDataModule(BatchSizeDataModule):
         return folder
 
     def _pack(self, folder: Path, tokenizer: Any) -> None:
-        """Write the tokens of each split, the tokenizer, and what the files are."""
+        """Write the tokens of each split, where its documents end, the tokenizer, and what the files are."""
         folder.mkdir()
         held_out = self._held_out()
         trained = tokenizer is None
@@ -255,13 +361,16 @@ class TextDataModule(BatchSizeDataModule):
         counts: Counter[str] = Counter()
         documents = self._split(held_out)
         with ExitStack() as stack:
-            files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
+            paths = {split: folder / f"{split}.bin" for split in SPLITS}
+            files = {split: stack.enter_context(open(path, "wb")) for split, path in paths.items()}
+            ends = {split: stack.enter_context(open(_ends_of(path), "wb")) for split, path in paths.items()}
             while some := list(islice(documents, 1000)):
                 encoded = tokenizer.encode_batch([text for _, text in some], add_special_tokens=False)
                 for (split, _), encoding in zip(some, encoded):
                     tokens = np.array([*encoding.ids, end], dtype)
                     tokens.tofile(files[split])
                     counts[split] += len(tokens)
+                    np.int64(counts[split]).tofile(ends[split])
         tokenizer.save(str(folder / "tokenizer.json"))
         about = {"dtype": dtype.str, "tokens": counts, "trained_tokenizer": trained}
         (folder / "about.json").write_text(json.dumps(about))

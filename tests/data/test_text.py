@@ -21,7 +21,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_bsl.data import ELI5Category, PydocTopics, TextDataModule, TextFolder, TokenBlocks
-from lightning_bsl.data.text import END_OF_TEXT, _open_blocks, read_tokenizer, train_tokenizer
+from lightning_bsl.data.text import (
+    END_OF_TEXT,
+    TokenDocuments,
+    _open_blocks,
+    _open_documents,
+    pad,
+    read_tokenizer,
+    train_tokenizer,
+)
 
 WORDS = ["grow", "the", "batch", "size", "während", "日本", "🙂", "  ", "\n", "rate", "and", "of", END_OF_TEXT]
 OPTIONS: dict[str, Any] = {"block_size": 8, "tokenizer": "train", "vocab_size": 300}
@@ -84,6 +92,110 @@ class TestTokenBlocks:
             TokenBlocks(np.arange(7), 8)
         with pytest.raises(ValueError, match="`block_size=1` must be 2 or more"):
             TokenBlocks(np.arange(7), 1)
+
+
+class TestTokenDocuments:
+    @pytest.mark.parametrize("block_size", [2, 5, 8, 100])
+    def test_documents_are_cut_and_nothing_is_lost(self, block_size: int) -> None:
+        sizes = [3, 1, 16, 5, 17, 1, 8, 9, 2]
+        row, ends = np.arange(sum(sizes), dtype=np.uint16), np.cumsum(sizes)
+        data = TokenDocuments(row, ends, block_size)
+        expected = []
+        for size, end in zip(sizes, ends.tolist()):
+            document = list(range(end - size, end))
+            expected += [document[start : start + block_size] for start in range(0, size, block_size)]
+        expected = [part for part in expected if len(part) > 1]
+        assert [part.tolist() for part in data] == expected
+        assert data.lengths.tolist() == [len(part) for part in expected]
+        assert len(data) == len(expected)
+        chosen = torch.tensor([len(data) - 1, 0, 2])
+        for indices in (chosen, chosen.tolist()):
+            batch = data.__getitems__(indices)
+            assert [(part.tolist(), part.dtype) for part in batch] == [(expected[i], torch.int64) for i in chosen.tolist()]
+
+    def test_padding(self) -> None:
+        batch = pad([torch.tensor([7, 8]), torch.tensor([9, 7, 8]), torch.tensor([6, 0])])
+        assert batch["input_ids"].tolist() == [[7, 8, 0], [9, 7, 8], [6, 0, 0]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
+        assert {values.dtype for values in batch.values()} == {torch.int64}
+        assert {values.shape for values in pad([]).values()} == {(0, 0)}  # of a process without a share
+
+    def test_a_worker_is_sent_the_name_of_the_files(self, tmp_path: Path) -> None:
+        tokens, ends = np.arange(100_000, dtype=np.uint32), np.arange(10, 100_001, 10)
+        tokens.tofile(tmp_path / "train.bin")
+        ends.tofile(tmp_path / "train_ends.bin")
+        sent = pickle.dumps(_open_documents(tmp_path / "train.bin", "<u4", 6))
+        assert len(sent) < 1000
+        received = pickle.loads(sent)
+        assert isinstance(received.tokens, np.memmap)
+        assert received[19_999].tolist() == list(range(99_996, 100_000))
+        assert pickle.loads(pickle.dumps(TokenDocuments(tokens, ends, 6)))[1].tolist() == list(range(6, 10))
+
+    def test_errors(self) -> None:
+        with pytest.raises(ValueError, match="none of the 3 documents has 2 tokens"):
+            TokenDocuments(np.arange(3), np.arange(1, 4), 8)
+        with pytest.raises(ValueError, match="`block_size=1` must be 2 or more"):
+            TokenDocuments(np.arange(7), np.array([7]), 1)
+
+
+class TestWholeDocuments:
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> TextFolder:
+        folder = folder_of(tmp_path / "text", texts(40))
+        return TextFolder(folder, cache_dir=tmp_path / "cache", pack=False, **OPTIONS | {"block_size": 50})
+
+    def test_they_are_the_documents(self, data: TextFolder) -> None:
+        assert data.tokens_per_sample is None  # known before the text is read
+        tokenizer = load(data).load_tokenizer()
+        assert isinstance(data.train_set, TokenDocuments)
+        assert isinstance(data.val_set, TokenDocuments)
+        found = [part.tolist() for dataset in (data.train_set, data.val_set) for part in dataset]
+        end = tokenizer.token_to_id(END_OF_TEXT)
+        tokenizer.encode_special_tokens = True  # a text that says so does not end there
+        documents = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(texts(40))]
+        parts = [document[start : start + 50] for document in documents for start in range(0, len(document), 50)]
+        assert len(parts) > len(documents)  # some are cut
+        assert sorted(found) == sorted(part for part in parts if len(part) > 1)
+        assert data.tokens_per_sample is None
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_loaders(self, workers: int, data: TextFolder) -> None:
+        data.num_workers = workers
+        load(data)
+        for dataset, loader in ((data.train_set, data.train_dataloader()), (data.val_set, data.val_dataloader())):
+            seen = []
+            for batch in loader:
+                tokens, mask = batch["input_ids"], batch["attention_mask"]
+                assert tokens.shape == mask.shape
+                assert mask.sum(dim=1).max() == mask.shape[1]  # the longest is not padded
+                seen += [row[: int(length)].tolist() for row, length in zip(tokens, mask.sum(dim=1))]
+                assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
+            assert sorted(seen) == sorted(part.tolist() for part in dataset)  # type: ignore[union-attr]
+
+    def test_the_cache_is_that_of_blocks(self, data: TextFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+        load(data)
+        monkeypatch.setattr(TextDataModule, "_pack", lambda *_: pytest.fail("packed again"))
+        blocks = load(TextFolder(data.root, cache_dir=data.cache_dir, **OPTIONS | {"block_size": 50}))
+        assert isinstance(blocks.train_set, TokenBlocks)
+        assert isinstance(data.train_set, TokenDocuments)
+        assert np.array_equal(blocks.train_set.tokens, data.train_set.tokens)
+        assert isinstance(data.train_set.tokens, np.memmap)
+
+    def test_a_split_shorter_than_a_block(self, tmp_path: Path) -> None:
+        for split, text in (("train", "enough " * 500), ("val", "short")):
+            folder_of(tmp_path / "text" / split, [text])
+        data = load(TextFolder(tmp_path / "text", cache_dir=tmp_path / "cache", pack=False, **OPTIONS | {"block_size": 50}))
+        assert [len(part) for part in data.val_set] == [len(data.load_tokenizer().encode("short").ids) + 1]  # type: ignore[attr-defined]
+
+    def test_a_split_without_a_sample(self, tmp_path: Path) -> None:
+        folder_of(tmp_path / "text" / "train", ["enough " * 500])
+        (tmp_path / "text" / "val.jsonl").write_text(json.dumps({"text": "\u200b"}))
+        tokenizer = train_tokenizer(["enough " * 500], 300)
+        tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")  # a text without a token
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        options = OPTIONS | {"tokenizer": tmp_path / "tokenizer.json", "cache_dir": tmp_path / "cache"}
+        with pytest.raises(ValueError, match="the val split has 1 tokens, which do not make a sample; write another `val_frac"):
+            load(TextFolder(tmp_path / "text", pack=False, **options))
 
 
 class TestPacking:
@@ -330,7 +442,8 @@ class TestCache:
         def kill(source: Path, target: Path) -> None:
             assert not target.exists()
             assert sorted(path.name for path in source.iterdir()) == [
-                "about.json", "test.bin", "tokenizer.json", "train.bin", "val.bin"
+                "about.json", "test.bin", "test_ends.bin", "tokenizer.json",
+                "train.bin", "train_ends.bin", "val.bin", "val_ends.bin",
             ]  # fmt: skip
             raise Killed
 

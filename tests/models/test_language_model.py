@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+from transformers import BatchEncoding
 
 from harness import fits
 from harness.fits import quiet
@@ -128,13 +132,17 @@ def test_what_decays() -> None:
     assert [group["lr"] for group in default.param_groups] == [0.001, 0.001]
 
 
-@pytest.mark.parametrize("sizes, message", [
-    ({"n_positions": 4}, "have 6 tokens, but the network has positions for 4 only.*`block_size=4`.*`n_positions=6`"),
-    ({"vocab_size": 30}, "up to 40 tokens, but the network knows 30 only; write `vocab_size=40`"),
+@pytest.mark.parametrize("sizes, padded, message", [
+    ({"n_positions": 4}, False, "have 6 tokens, but the network has positions for 4 only.*`block_size=4`.*`n_positions=6`"),
+    ({"n_positions": 4}, True, "have up to 6 tokens, but the network has positions for 4 only.*`block_size=4`"),
+    ({"vocab_size": 30}, False, "up to 40 tokens, but the network knows 30 only; write `vocab_size=40`"),
 ])  # fmt: skip
-def test_a_network_too_small_for_the_data(sizes: dict[str, int], message: str) -> None:
+def test_a_network_too_small_for_the_data(sizes: dict[str, int], padded: bool, message: str) -> None:
+    data = Data()
+    if padded:
+        data.tokens_per_sample, data.block_size = None, LENGTH  # type: ignore[assignment,attr-defined]
     with pytest.raises(ValueError, match=message):
-        fit(make(**sizes))
+        fit(make(**sizes), data=data)
 
 
 def test_pretrained_weights_with_another_tokenizer(tmp_path: Path) -> None:
@@ -146,6 +154,133 @@ def test_pretrained_weights_with_another_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"go with the tokenizer they were trained with.*`tokenizer=gpt2`"):
         fit(CausalLM(distilgpt2(**sizes, pretrained=tmp_path)), data=data)
     fit(make(), data=data)
+
+
+# --- sequences of several lengths
+
+IGNORED = -100
+
+
+def ragged(*lengths: int, side: str = "right", labels: bool = False, seed: int = 0) -> dict[str, Tensor]:
+    """Sequences of these lengths, padded with random tokens; labels leave out about every third token."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (len(lengths), LENGTH), generator=generator)
+    mask = torch.zeros_like(tokens)
+    for row, length in zip(mask, lengths):
+        row[:length] = 1
+    mask = mask.flip(1) if side == "left" else mask
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    if labels:
+        chosen = torch.rand(tokens.shape, generator=generator) > 0.3
+        batch["labels"] = torch.randint(VOCABULARY, tokens.shape, generator=generator).where(chosen & (mask == 1), IGNORED)
+    return batch
+
+
+def summed_loss(model: CausalLM, *batches: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """The sum of all tokens' losses and their number, one sequence at a time and without padding."""
+    total, number = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        labels = batch.get("labels", batch["input_ids"])
+        for tokens, mask, targets in zip(batch["input_ids"], batch["attention_mask"] == 1, labels):
+            if mask.any():
+                scores = model.net(tokens[mask][None]).logits[0].log_softmax(dim=1)
+                for position, target in enumerate(targets[mask][1:].tolist()):
+                    if target != IGNORED:
+                        total, number = total - scores[position, target].double(), number + 1
+    return total, number
+
+
+def gradients(model: CausalLM, loss: Tensor) -> Tensor:
+    return torch.cat([each.flatten() for each in torch.autograd.grad(loss, [*model.parameters()])])
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_is_its_sequences_each_token_alike(side: str, labels: bool, kind: Any) -> None:
+    model, batch = make().double(), ragged(6, 2, 4, 1, 0, 5, side=side, labels=labels)
+    total, number = summed_loss(model, batch)
+    loss, terms = model.full_loss(kind(batch)), model.loss_terms(kind(batch))
+    assert isinstance(terms, Tensor)
+    assert (terms.item(), terms.shape) == (number, ())
+    assert labels or number == 5 + 1 + 3 + 4
+    assert loss.item() == pytest.approx(total.item() / number, rel=1e-12)
+    assert torch.allclose(gradients(model, loss), gradients(model, total / number), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_labels_of_ones_own_are_taken_as_transformers_takes_them(padded: bool) -> None:
+    """Those of padding too: some let it stand for the end of a text."""
+    model, batch = make().double(), ragged(6, 2, 4)
+    batch["labels"] = batch["input_ids"].masked_fill(torch.rand(3, LENGTH) < 0.2, IGNORED)
+    if not padded:
+        del batch["attention_mask"]
+    assert model.full_loss(batch).item() == pytest.approx(model.net(**batch).loss.item(), rel=1e-6)  # its loss is float32
+    assert model.loss_terms(batch) == (batch["labels"][:, 1:] != IGNORED).sum()
+
+
+def test_without_padding_the_mapping_is_its_tokens() -> None:
+    model, batch = make().double(), tokens(blocks(5))
+    for mapping in ({"input_ids": batch}, {"input_ids": batch, "attention_mask": torch.ones_like(batch)}):
+        assert model.full_loss(mapping).item() == pytest.approx(model.full_loss(batch).item(), rel=1e-12)
+        assert model.loss_terms(mapping) == 5 * (LENGTH - 1)
+
+
+def test_tokens_as_ever() -> None:
+    """To the last bit: loss, gradient and means."""
+    model, data = make(), Data()
+    batch = tokens(blocks(5))
+    expected = F.cross_entropy(model.net(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    assert torch.equal(model.full_loss(batch), expected)
+    assert torch.equal(gradients(model, model.full_loss(batch)), gradients(model, expected))
+    assert model.loss_terms(batch) == 5
+    mean, perplexity = MeanMetric(nan_strategy="disable"), Perplexity()
+    for batch in tokens(data.val_set).split(8):
+        logits = model.net(batch).logits[:, :-1]
+        mean.update(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).detach().expand(len(batch)))
+        perplexity.update(logits.detach(), batch[:, 1:])
+    (found,) = Trainer(**quiet()).validate(model, data, verbose=False)
+    assert found == {"val/loss": mean.compute().item(), "val/perplexity": perplexity.compute().item()}
+
+
+@pytest.mark.parametrize("batch, found", [
+    ({"tokens": torch.ones(2, 3), "labels": torch.ones(2, 3)}, "a mapping with tokens, labels"),
+    ({}, "a mapping with nothing"),
+    ([torch.ones(2, 3)], "list"),
+])  # fmt: skip
+def test_a_batch_without_tokens(batch: Any, found: str) -> None:
+    for call in (make().full_loss, make().loss_terms):
+        with pytest.raises(ValueError, match=rf"a mapping with such a tensor in `input_ids`; got {found}$"):
+            call(batch)
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+@pytest.mark.filterwarnings("ignore:.*skip the training on this batch")
+def test_means_are_over_tokens_however_the_batches_are_cut(kind: Any, tmp_path: Path) -> None:
+    model = make(optimizer=partial(torch.optim.SGD, lr=0.0))
+    batches = [ragged(6, 6, 5), ragged(2, side="left", seed=1), ragged(1, 0, seed=2), ragged(3, 6, labels=True, seed=3)]
+    loader = DataLoader([kind(batch) for batch in batches], batch_size=None, collate_fn=identity)
+    step = model.training_step
+
+    def training_step(batch: Any, batch_idx: int) -> Tensor | None:
+        loss = step(batch, batch_idx)
+        assert loss.isnan() == (model.loss_terms(batch) == 0)
+        return None if loss.isnan() else loss  # as the callbacks leave it out
+
+    model.training_step = training_step  # type: ignore[assignment,method-assign]
+    trainer = Trainer(**quiet(max_epochs=1, log_every_n_steps=1, logger=CSVLogger(tmp_path, name="", version="")))
+    trainer.fit(model, loader, loader)
+    total, number = summed_loss(model, *batches)
+    mean = total.item() / number
+    losses = [total.item() / max(number, 1) for total, number in (summed_loss(model, batch) for batch in batches)]
+    losses[2] = losses[1]  # nothing is logged of a batch without tokens: Lightning writes what it has, the loss before
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx([*losses, mean], rel=1e-5)
+    (validated,) = [row for row in rows if "val/loss" in row]
+    (tested,) = trainer.test(model, loader, verbose=False)
+    for split, found in (("val", validated), ("test", tested)):
+        assert found[f"{split}/loss"] == pytest.approx(mean, rel=1e-5)
+        assert found[f"{split}/perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
 
 
 # --- what holds for images holds for text
