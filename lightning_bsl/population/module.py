@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call, replace_all_batch_norm_modules_, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from lightning_bsl.callbacks.loss_terms import count_terms, has_loss_terms
 from lightning_bsl.population.data import PopulationData
 from lightning_bsl.population.optimizer import PopulationAdam
 
@@ -104,7 +106,8 @@ class Population(LightningModule):
 
     Args:
         make: Makes the model of a seed: a LightningModule with ``full_loss(batch)``, the mean loss of a batch, computed
-            from tensors alone (no logging, no metrics, no branches on values).
+            from tensors alone (no logging, no metrics, no branches on values). Where that is a mean over something else
+            than examples, ``loss_terms(batch)`` says over how many; the losses of the steps count by it in the running mean.
         replicas: Seed and learning rate of each.
         batch_size: B.
         targets: Losses to reach, any order.
@@ -116,7 +119,8 @@ class Population(LightningModule):
 
     Raises:
         TypeError: A model without ``full_loss``.
-        ValueError: No replicas, no targets, counts below 1; precision 16-mixed, whose scaler ties replicas together.
+        ValueError: No replicas, no targets, counts below 1; precision 16-mixed, whose scaler ties replicas together; while
+            training, a batch without loss terms.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -161,6 +165,7 @@ class Population(LightningModule):
         self.betas = betas
         self.eps = eps
         self.steps = 0
+        self._terms = 0.0  # of an example, summed over the steps
         self._next_check = min(_FIRST_CHECK, max_steps)
         self._on_end = on_end
 
@@ -230,12 +235,27 @@ class Population(LightningModule):
             batch: Tensors ``[S, B, ...]``, one row for each seed.
             batch_idx: Of Lightning's loop.
         """
+        weight = self._weight(batch)
         losses = self.losses(tree_map(lambda leaf: leaf[self.rows], batch))
         with torch.no_grad():
             now = losses.detach().to(self.running_loss)
-            weight = min(1.0, self.batch_size / _MEMORY)
             self.running_loss = now if self.steps == 0 else self.running_loss + weight * (now - self.running_loss)
         return losses.sum()
+
+    def _weight(self, batch: Any) -> Any:
+        """What a step's losses count for in the running means: a number, or one for each replica ``[R]``."""
+        module = self._model[0].module
+        if not has_loss_terms(module):
+            return min(1.0, self.batch_size / _MEMORY)
+        terms = [count_terms(module, tree_map(itemgetter(row), batch)) for row in range(len(self.seeds))]
+        if not all(terms):
+            raise ValueError(
+                f"in step {self.steps} the batch of seed {self.seeds[terms.index(0.0)]} has no loss terms, so there is "
+                "nothing to train: leave such examples out of the data set, or write a larger `batch_size`"
+            )
+        self._terms += sum(terms) / (len(terms) * self.batch_size)
+        per_example = self._terms / (self.steps + 1)
+        return (self.rows.new_tensor(terms, dtype=self.running_loss.dtype) / (per_example * _MEMORY)).clamp(max=1)[self.rows]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare with the targets, where it is time to, and let replicas leave."""
@@ -330,6 +350,7 @@ class Population(LightningModule):
             "steps": self.steps,
             "next_check": self._next_check,
             "running_loss": self.running_loss,
+            "terms": self._terms,
             "seeds": self.seeds,
             "replicas": [{**asdict(each), "outcomes": [tuple(outcome) for outcome in each.outcomes]} for each in self.replicas],
         }
@@ -344,11 +365,8 @@ class Population(LightningModule):
         self._keep(torch.tensor([names[each] for each in wanted], device=self.device))
         self.stacked.to(checkpoint["state_dict"]["stacked.0"].dtype)  # Lightning converts only after it has loaded
         self.replicas = [_Replica(**each) for each in kept["replicas"]]
-        self.steps, self._next_check, self.running_loss = (
-            kept["steps"],
-            kept["next_check"],
-            kept["running_loss"].to(self.device),
-        )
+        self.steps, self._next_check, self._terms = kept["steps"], kept["next_check"], kept["terms"]
+        self.running_loss = kept["running_loss"].to(self.device)
         if isinstance(self._data, PopulationData):
             self._data.start = self.steps
 

@@ -13,10 +13,11 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from harness.configs import compose_config
 from harness.fits import quiet
-from lightning_bsl.data import Digits
+from lightning_bsl.data import BatchSizeDataModule, Digits
 from lightning_bsl.data.sampler import GlobalBatchSampler
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Outcome, Population, PopulationData
@@ -295,3 +296,63 @@ def test_half_precision_trains() -> None:
         precision="bf16-mixed",
     )  # fmt: skip
     assert [each.status for each in outcomes] == ["reached"] * 2
+
+
+# --- a mean over something else than examples
+
+
+class Words(LightningModule):
+    """Predicts the value of each row that is not 0; a row has one to four."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Linear(4, 4)
+
+    def full_loss(self, batch: Any) -> Tensor:
+        (x,) = batch
+        wrong = (self.net(x) - 1).square() * (x != 0)
+        return wrong.sum() / (x != 0).sum()
+
+    def loss_terms(self, batch: Any) -> Tensor:
+        return (batch[0] != 0).sum()
+
+
+def uneven(empty: bool = False) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(60, 4, generator=generator) + 0.1
+    lengths = torch.randint(1, 5, (60, 1), generator=generator)
+    if empty:
+        lengths[7] = 0
+    return TensorDataset(x * (torch.arange(4) < lengths))
+
+
+def test_the_running_mean_is_over_terms() -> None:
+    data, replicas = uneven(), [(0, 0.01), (0, 0.02), (5, 0.01)]
+    population = trained_together(Words, BatchSizeDataModule(data), replicas, 30, 4)
+    order: list[list[list[int]]] = [[], []]
+    for steps, seed in zip(order, population.seeds):
+        for epoch in range(3):
+            steps += GlobalBatchSampler(60, 4, lambda epoch=epoch: Progress(epoch=epoch), seed=seed)
+    for index, (seed, lr) in enumerate(replicas):
+        model = Words(seed).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        running, seen = math.nan, 0.0
+        for step in range(30):
+            terms = [data[steps[step]][0].ne(0).sum().item() for steps in order]
+            seen += sum(terms) / (2 * 4)
+            batch = [data[order[seed > 0][step]][0].double()]
+            optimizer.zero_grad()
+            loss = model.full_loss(batch)
+            loss.backward()
+            optimizer.step()
+            weight = min(1, terms[seed > 0] / (64 * seen / (step + 1)))
+            running = loss.item() if step == 0 else running + weight * (loss.item() - running)
+        for name, value in population.replica_state_dict(index).items():
+            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
+        assert population.running_loss[index].item() == pytest.approx(running, rel=1e-6)
+
+
+def test_a_batch_without_terms_is_refused() -> None:
+    with pytest.raises(ValueError, match="the batch of seed 0 has no loss terms"):
+        trained_together(Words, BatchSizeDataModule(uneven(empty=True)), [(0, 0.01)], 60, 1)
