@@ -11,7 +11,7 @@ from harness.commands import run_script
 
 BOUNDS = {
     "data": ["fashion_mnist/16/vs_torchvision", "fashion_mnist/16/vs_bare", "cifar/16/vs_torchvision"],
-    "callback": ["FashionMNIST/8", "Digits/8"],
+    "callback": ["FashionMNIST/8", "Digits/8", "Digits/8/loss_terms"],
     "switch": ["epoch_end", "inside_epoch"],
     "noise_scale": ["FashionMNIST/8"],
     "gradient_norm": ["fashion_mnist/over_bare", "fashion_mnist/torchvision_over_ours"],
