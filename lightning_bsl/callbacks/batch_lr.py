@@ -51,13 +51,19 @@ class BatchLRScheduler(Callback):
     learning rate; groups keep the ratio to the first one that they are added with. Logs ``batch_size``, ``lr`` (of the first
     group), ``samples`` (examples consumed so far), and ``tokens`` where the DataModule has an attribute ``tokens_per_sample``.
 
+    The gradient of a step that is cut, into micro-batches or over processes, is the mean over its examples: right for a loss
+    that is a mean over examples. Where it is a mean over something else, such as tokens, give the LightningModule a method
+    ``loss_terms(batch)`` that returns how many (an int, a float, a scalar tensor; a tensor on a GPU is waited for). The
+    gradient of micro-batches i with n_i terms is then ``sum n_i grad L_i / sum n_i``. A micro-batch without terms adds
+    nothing, a step without any changes nothing. With manual optimization such a step has gradients of 0, and is taken.
+
     Args:
         batch_size: An ``int``, a schedule, or a function ``progress -> float``.
         lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
             ``None`` to leave the learning rates to the module. Where the module has a scheduler of its own, a scaling rule
             multiplies what that sets, by the rule's rate for the batch size over the rule's own (its first argument).
         max_device_batch_size: Most examples that one process puts through the model at once. A larger step is split into
-            micro-batches, and its gradient is the mean over its examples all the same. ``"auto"`` halves the micro-batch
+            micro-batches, and its gradient is the mean over the whole step all the same. ``"auto"`` halves the micro-batch
             whenever memory runs out, and repeats the step.
         loader: Which training loader follows the schedule, where there are several: its key or its index. By default the one
             that follows ``batch_size``.
