@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler, plan_fit
 from lightning_bsl.data import BatchSizeDataModule
+from lightning_bsl.data.sampler import GlobalBatchSampler
 from lightning_bsl.schedules import Plan
+from lightning_bsl.schedules.plan import Measure
 from lightning_bsl.theory import BoundConstants
 
 if not OmegaConf.has_resolver("lightning_bsl.mul"):  # conf/ derives a rate from another with it
@@ -45,6 +47,7 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
         trainer.get("overfit_batches") or trainer.get("limit_train_batches"),  # as Lightning has it
         tokens_per_sample=getattr(datamodule, "tokens_per_sample", None),
         drop_last=getattr(datamodule, "drop_last", False),
+        measure=_tokens(datamodule) if scheduler.batch_size_unit == "tokens" else None,
     )
 
 
@@ -87,6 +90,23 @@ def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
     callbacks = [scheduler, *always, *(instantiate(callback) for callback in given if "_target_" in callback)]
     loggers = list(instantiate(cfg.get("logger") or {}).values())
     return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False))
+
+
+def _tokens(datamodule: LightningDataModule) -> Measure | None:
+    """What batch sizes in tokens count."""
+    if isinstance(datamodule, BatchSizeDataModule):
+        if datamodule.train_set is None:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+        sampler = cast(GlobalBatchSampler, datamodule.train_dataloader().batch_sampler)
+        datamodule.teardown("fit")  # the fit makes a loader of its own
+        if sampler.lengths is not None:
+            sampler.in_tokens = True
+            return sampler.measure
+    raise ValueError(
+        "`batch_size_unit='tokens'` needs the length of each training example: write `data.pack=false` for text, or "
+        "`lengths=...` for a BatchSizeDataModule"
+    )
 
 
 def _num_epoch_examples(datamodule: LightningDataModule) -> int:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import inspect
 import io
 import itertools
+import json
 import logging
 import struct
 import tempfile
@@ -34,9 +37,9 @@ from torchvision import datasets
 from torchvision import transforms as T
 
 from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
-from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors
+from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors, TextFolder
 from lightning_bsl.data.image import identity
-from lightning_bsl.models import Classifier, cnn5
+from lightning_bsl.models import CausalLM, Classifier, cnn5, distilgpt2
 from lightning_bsl.population import Grid, run_grid
 from lightning_bsl.population.grid import fitting, replica_bytes
 from lightning_bsl.schedules import Milestones
@@ -250,8 +253,8 @@ class _Switch(Callback):
 class _Counting(Classifier):
     """Says what its loss is a mean over."""
 
-    def loss_terms(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return (batch[1] >= 0).sum()
+    def loss_terms(self, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
+        return len(batch[1])
 
 
 def callback(arguments: argparse.Namespace) -> list[Bound]:
@@ -418,6 +421,128 @@ def noise_scale(arguments: argparse.Namespace) -> list[Bound]:
     row = [f"FashionMNIST/{batch_size}", *(f"{1e3 * median(each) / block:.3f}" for each in (with_it, without)), f"{ratio:.4f}"]
     print(table(["data/batch size", "with", "without", "ratio"], [row]))
     return [Bound(f"noise_scale/FashionMNIST/{batch_size}", ratio, 1.03)]
+
+
+# --- lengths: micro-batches cut by the lengths of documents, against those cut by number ---
+
+_MODULES = [  # of the standard library, whose documentation `pydoc` shows
+    *(
+        "argparse",
+        "array",
+        "ast",
+        "asyncio",
+        "base64",
+        "builtins",
+        "calendar",
+        "collections",
+        "configparser",
+        "contextlib",
+        "csv",
+    ),
+    *(
+        "datetime",
+        "decimal",
+        "difflib",
+        "email",
+        "enum",
+        "fractions",
+        "functools",
+        "gzip",
+        "hashlib",
+        "heapq",
+        "html",
+        "inspect",
+    ),
+    *("io", "ipaddress", "itertools", "json", "locale", "logging", "math", "multiprocessing", "operator", "optparse", "os"),
+    *(
+        "pathlib",
+        "pickle",
+        "pprint",
+        "queue",
+        "random",
+        "re",
+        "sched",
+        "shutil",
+        "socket",
+        "statistics",
+        "string",
+        "subprocess",
+    ),
+    *("sys", "tarfile", "tempfile", "textwrap", "threading", "time", "tokenize", "typing", "unittest", "warnings", "zipfile"),
+]
+
+
+def lengths(arguments: argparse.Namespace) -> list[Bound]:
+    """Train on documents of uneven lengths; no micro-batch may have more padded tokens than the bound."""
+    longest, bound, batch_size = (32, 128, 16) if arguments.toy else (512, 4096, 64)
+    steps = 2 if arguments.toy else 20
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "text")
+        root.mkdir()
+        documents = _documentation(_MODULES[:6] if arguments.toy else _MODULES)
+        (root / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        vocab_size = 512 if arguments.toy else 2048
+        options: dict[str, Any] = {"block_size": longest, "tokenizer": "train", "vocab_size": vocab_size, "pack": False}
+        found = {name: _Padding() for name in ("by number", "by length")}
+
+        def train(name: str) -> int:
+            torch.manual_seed(0)
+            data: Any = TextFolder(root, cache_dir=Path(folder, "cache"), max_device_tokens=bound, **options)
+            cap = None
+            if name == "by number":  # a loader says nothing of lengths
+                data.prepare_data()
+                data.setup()
+                data, cap = DataLoader(data.train_set, shuffle=True, collate_fn=data.collate_fn), bound // longest
+            net = distilgpt2(vocab_size, n_positions=longest, n_layer=2, n_embd=64, n_head=4, dropout=0.0)
+            scheduler = BatchLRScheduler(batch_size, 0.001, max_device_batch_size=cap)
+            Trainer(
+                accelerator="cpu",
+                max_epochs=-1,
+                max_steps=steps,
+                limit_val_batches=0,
+                callbacks=[scheduler, found[name]],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(CausalLM(net), data)
+            return steps * batch_size
+
+        per_second = rates({name: partial(train, name) for name in found}, arguments.rounds)
+    print(f"{len(documents):,} documents, steps of {batch_size}, at most {bound} padded tokens in a micro-batch; medians")
+    rows = [[name, f"{per_second[name]:.1f}", f"{each.share:.3f}", f"{each.most}"] for name, each in found.items()]
+    print(table(["micro-batches", "examples per second", "padding", "most padded tokens"], rows))
+    return [Bound("lengths/by_length_over_by_number", per_second["by length"] / per_second["by number"], 1.4)]
+
+
+class _Padding(Callback):
+    """Counts how much of the batches is padding."""
+
+    def __init__(self) -> None:
+        self.tokens = self.padded = self.most = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        mask = batch["attention_mask"]
+        self.tokens += int(mask.sum())
+        self.padded += mask.numel()
+        self.most = max(self.most, mask.numel())
+
+    @property
+    def share(self) -> float:
+        return 1 - self.tokens / self.padded
+
+
+def _documentation(modules: Sequence[str]) -> list[str]:
+    """The documentation of modules, and of their classes, methods and functions."""
+    texts: dict[str, None] = {}  # each once, in their order
+    for name in modules:
+        module = importlib.import_module(name)
+        objects = [each for _, each in sorted(vars(module).items()) if inspect.isclass(each) or inspect.isroutine(each)]
+        methods = [each for one in objects if inspect.isclass(one) for _, each in sorted(vars(one).items())]
+        for each in (module, *objects, *filter(inspect.isroutine, methods)):
+            if text := inspect.getdoc(each):
+                texts[text] = None
+    return list(texts)
 
 
 # --- gradient_norm: a full gradient norm over the passes it cannot do without, and the usual way to it over ours ---
@@ -682,6 +807,7 @@ def main() -> None:
     add("callback", callback, "training steps with BatchLRScheduler and without")
     add("switch", switch, "the pause in which the batch size changes, with two worker processes")
     add("noise_scale", noise_scale, "training steps in micro-batches with GradientNoiseScale and without")
+    add("lengths", lengths, "training on documents: micro-batches cut by length, over those cut by number")
     add("gradient_norm", gradient_norm, "the time of a full gradient norm")
 
     subject = add("train", train, "whole runs, against the papers' way and the arithmetic alone")

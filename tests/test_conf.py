@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 
 from harness.configs import CHOICES, NEEDED, PLANNED, choices, compose_config
+from harness.fits import quiet
 from harness.tiers import diagonal
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.experiment import make_constants, make_plan, make_trainer
@@ -199,3 +200,24 @@ def test_plan_follows_the_arguments_of_the_trainer(overrides: tuple[str, ...], s
     cfg = compose_config(*overrides)
     plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
     assert (plan and plan.samples) == samples
+
+
+def test_batch_sizes_in_tokens_are_planned_as_they_are_trained(tmp_path: Path) -> None:
+    overrides = (
+        "data=pydoc",
+        "data.pack=false",
+        f"data.cache_dir={tmp_path}",
+        "data.samples_per_epoch=60",
+        "data.block_size=16",
+    )
+    unit = ("+scheduler.batch_size_unit=tokens", "scheduler=constant", "scheduler.batch_size.start=200")
+    cfg = compose_config(*overrides, *unit, "trainer.max_epochs=2", "logger=none", "trainer.enable_progress_bar=false")
+    scheduler, datamodule = instantiate(cfg.scheduler), instantiate(cfg.data)
+    plan = make_plan(cfg, scheduler, datamodule)
+    trainer = Trainer(**quiet(max_epochs=2, callbacks=[scheduler], limit_val_batches=0))
+    trainer.fit(instantiate(cfg.model), datamodule)
+    assert plan == scheduler.plan
+    assert (plan.steps, plan.samples) == scheduler.progress[1:3] == (trainer.global_step, 120)
+    packed = compose_config("data=pydoc", f"data.cache_dir={tmp_path}", *unit)
+    with pytest.raises(ValueError, match=r"write `data.pack=false` for text"):
+        make_plan(packed, instantiate(packed.scheduler), instantiate(packed.data))

@@ -67,11 +67,15 @@ class BatchLRScheduler(Callback):
             whenever memory runs out, and repeats the step.
         loader: Which training loader follows the schedule, where there are several: its key or its index. By default the one
             that follows ``batch_size``.
+        batch_size_unit: What the batch size counts: ``"examples"``, or ``"tokens"``, which takes a
+            ``BatchSizeDataModule(lengths=...)``. A step then has so many examples, in the order of the epoch, that their
+            lengths without padding sum to the batch size or more; the last step of an epoch may have less. Scaling rules, too,
+            see a batch size in tokens; the clock still counts examples.
 
     Raises:
-        ValueError: ``max_device_batch_size`` is no number above 0 and not "auto". At fit start: a batch size below 1 or above
-            the data set, a learning rate that is not above 0 and finite, a schedule over a fraction of a run that has no end,
-            a horizon shorter than a warm-up.
+        ValueError: ``max_device_batch_size`` is no number above 0 and not "auto"; an unknown ``batch_size_unit``. At fit
+            start: a batch size below 1 or above the data set, a learning rate that is not above 0 and finite, a schedule over
+            a fraction of a run that has no end, a horizon shorter than a warm-up.
         MisconfigurationException: At fit start: something in the fit that cannot work, with the remedy.
 
     Example:
@@ -91,12 +95,16 @@ class BatchLRScheduler(Callback):
         lr: float | Schedule | ScalingRule | Function | None = None,
         max_device_batch_size: int | Literal["auto"] | None = None,
         loader: str | int | None = None,
+        batch_size_unit: Literal["examples", "tokens"] = "examples",
     ) -> None:
+        if batch_size_unit not in ("examples", "tokens"):
+            raise ValueError(f"`batch_size_unit={batch_size_unit!r}` must be 'examples' or 'tokens'")
         size = max_device_batch_size
         if size is not None and (size < 1 if isinstance(size, int) else size != "auto"):
             raise ValueError(f"`max_device_batch_size={size!r}` must be 1 or more, 'auto', or None for no bound")
         self.max_device_batch_size = max_device_batch_size
         self.loader = loader
+        self.batch_size_unit = batch_size_unit
         self.schedule = JointSchedule(batch_size, lr)
         self.plan: Plan | None = None
         self._fit = Fit()
@@ -195,8 +203,9 @@ class BatchLRScheduler(Callback):
         self.plan = self._data = None
         self._start = StepStart()
         self._fit = Fit.begin(trainer, self._clock)
-        self._splitter.terms = LossTerms.of(trainer, pl_module)
-        self._splitter.watch = MaskWarning(pl_module, data_parallel(trainer)[1])
+        self._fit.in_tokens = self.batch_size_unit == "tokens"
+        terms = self._splitter.terms = LossTerms.of(trainer, pl_module)
+        self._splitter.watch = MaskWarning(pl_module, data_parallel(trainer)[1]) if terms is None else None
         remake_training_data(trainer, lambda ask: self._loaders(trainer, pl_module, ask), self._fit.undo)
         isolate_validation(trainer, lambda: self._start.kept(trainer), self._fit.undo)
         before_batch_counts(trainer, lambda batch_idx: self._pass(trainer, batch_idx), self._fit.undo)
@@ -264,7 +273,8 @@ class BatchLRScheduler(Callback):
         fit.reload_as_asked(trainer)  # the loader of this epoch is made
         if fit.first_batch:
             fit.first_batch = False
-            if self.plan is None or len({stage.batch_size for stage in self.plan.stages}) > 1:
+            varies = self._data is not None and (self._data.cut.by_length or self._data.measure is not None)
+            if varies or self.plan is None or len({stage.batch_size for stage in self.plan.stages}) > 1:
                 expect_other_sizes(batch)
         self._open(trainer, batch_idx, batch)
         if self._start.rng is None:
@@ -280,13 +290,22 @@ class BatchLRScheduler(Callback):
         # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
         weight = self._splitter.weight * trainer.accumulate_grad_batches
         if weight == 0:
-            without_gradient(loss)
+            self._fit.after_backward = without_gradient(loss, pl_module.parameters(), trainer.world_size == 1)
         elif weight != 1:
             loss.register_hook(lambda gradient: gradient * weight)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out what a loss over nothing has added."""
+        self._fit.after_backward.close()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Make the gradient the mean over what was trained."""
-        self._splitter.correct(optimizer, getattr(trainer.precision_plugin, "scaler", None))
+        splitter, scaler = self._splitter, getattr(trainer.precision_plugin, "scaler", None)
+        splitter.correct(optimizer, scaler)
+        nothing = splitter.corrected == 0 or not splitter.has_gradient
+        # a scaler leaves out a step whose last loss is None: it is taken, and clipped, in `_pass`
+        if nothing or (scaler is not None and not splitter.has_loss and not self._fit.late):
+            self._fit.leave_unclipped(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -357,7 +376,8 @@ class BatchLRScheduler(Callback):
         assert self._data is not None
         batch_size = self._setting.value.batch_size
         if not self._splitter.under_way:
-            self._splitter.begin(self._data.step_examples(batch_size), batch_size)
+            examples = self._data.step_examples(batch_size)
+            self._splitter.begin(examples, batch_size, self._data.parts(examples, batch_size))
         self._splitter.begin_piece(self._data.count(), batch)
         trainer.accumulate_grad_batches = self._splitter.windows(batch_idx)
 
@@ -366,7 +386,10 @@ class BatchLRScheduler(Callback):
         given = self._splitter.piece_begun
         if not given:  # it is None
             self._open(trainer, batch_idx, None)
+        self._fit.clip_again(trainer)
+        self._fit.late = True
         self._splitter.step_where_lightning_does_not(trainer, batch_idx, given)
+        self._fit.late = False
         return given
 
     def _look_up(self) -> None:

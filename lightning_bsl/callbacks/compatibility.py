@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections import Counter
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bsl.callbacks.loaders import limit_of
@@ -110,14 +110,15 @@ def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, 
         MisconfigurationException: Steps will be split and something in the fit cannot bear it.
     """
     cut = data.cut
-    if len(cut(largest, largest)) == 1:
+    if data.most_batches(largest) == 1 or not (plan is None or data.splits(plan)):
         return
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
             "`training_step(dataloader_iter)` fetches its batches itself, so no step can be split into micro-batches: write "
-            "`training_step(batch)`, or leave out `max_device_batch_size` and `accumulate_grad_batches`"
+            "`training_step(batch)`, or leave out `max_device_batch_size`, `max_device_tokens` and `accumulate_grad_batches`"
         )
-    cap = f"max_device_batch_size={cut.max_device_batch_size}"
+    tokens = data.lengths.max_device_tokens if data.lengths is not None and cut.by_length else None
+    cap = f"max_device_batch_size={cut.max_device_batch_size}" if tokens is None else f"max_device_tokens={tokens}"
     limit, sizes = limit_of(trainer), {stage.batch_size for stage in plan.stages} if plan else {largest}
     limited = (isinstance(limit, int) or limit != 1.0) and not trainer.fast_dev_run  # type: ignore[attr-defined]
     whole = cut.accumulate > 1 and isinstance(limit, int) and limit % cut.accumulate == 0
@@ -130,28 +131,32 @@ def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, 
         )
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            f"with manual optimization nobody can split a step of {largest} examples into micro-batches of "
-            f"{cut.max_device_batch_size}; leave out `max_device_batch_size`"
+            f"with manual optimization nobody can split a step of {largest} "
+            f"{data.measure.unit if data.measure else 'examples'} into micro-batches (`{cap}`); leave out `{cap.split('=')[0]}`"
         )
-    _check_beside(trainer, data, plan)
-    if any(isinstance(module, _BatchNorm) for module in pl_module.modules()) and cut.max_device_batch_size:
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"LBFGS evaluates a step's batch several times, which steps in micro-batches do not allow (`{cap}`): leave out "
+            f"`{cap.split('=')[0]}`, or write `max_device_batch_size='auto'`"
+        )
+    _check_beside(trainer, data, plan, cap.split("=")[0])
+    if any(isinstance(module, _BatchNorm) for module in pl_module.modules()) and (cut.max_device_batch_size or tokens):
         rank_zero_warn(
             f"the model has BatchNorm, whose statistics are those of a micro-batch: steps of more than "
-            f"{cut.max_device_batch_size} examples a process will not train exactly as in one piece"
+            f"{cut.max_device_batch_size if tokens is None else tokens} {'examples' if tokens is None else 'padded tokens'} a "
+            "process will not train exactly as in one piece"
         )
 
 
 def _batches(data: DataSource, plan: Plan | None) -> Counter[int]:
     """The micro-batches of each epoch of a plan."""
     batches: Counter[int] = Counter()
-    for run in itertools.chain.from_iterable(plan.runs if plan else ()):
-        rest = run.examples - (run.steps - 1) * run.batch_size
-        batches[run.start.epoch] += (run.steps - 1) * len(data.cut(run.batch_size, run.batch_size))
-        batches[run.start.epoch] += len(data.cut(rest, run.batch_size)) if rest else 1
+    for run, start in plan.runs_of_epochs() if plan else ():
+        batches[run.start.epoch] += data.batches(run, start)
     return batches
 
 
-def _check_beside(trainer: Trainer, data: DataSource, plan: Plan | None) -> None:
+def _check_beside(trainer: Trainer, data: DataSource, plan: Plan | None, cap: str) -> None:
     """Refuse an epoch that another loader ends inside a step."""
     epoch = data.epoch(trainer)
     beside = epoch.beside if epoch else None
@@ -162,7 +167,7 @@ def _check_beside(trainer: Trainer, data: DataSource, plan: Plan | None) -> None
         if ends(count, other) != count:
             raise MisconfigurationException(
                 f"in epoch {number} another loader, of {other} batches, decides how long the epoch is, and may end it inside a "
-                "step that is split into micro-batches. Leave out `max_device_batch_size`, or give that loader another length"
+                f"step that is split into micro-batches. Leave out `{cap}`, or give that loader another length"
             )
 
 
@@ -195,10 +200,9 @@ def check_batch_norm(
         undo: Takes the hooks off again when it is closed.
     """
     kinds = [each for each in pl_module.modules() if isinstance(each, _BatchNorm) and not isinstance(each, SyncBatchNorm)]
-    for run in itertools.chain.from_iterable(plan.runs if plan and kinds else ()):
-        rest = run.examples - (run.steps - 1) * run.batch_size
-        for size in ([run.batch_size] if run.steps > 1 else []) + [rest]:
-            if size and any(part.stop - part.start <= 1 for part in data.cut(size, run.batch_size)):
+    for run, start in plan.runs_of_epochs() if plan and kinds else ():
+        for size, sizes in data.sizes(run, start):
+            if min(sizes) <= 1:
                 check = _OneExample(
                     splitter,
                     f"in epoch {run.start.epoch} a step has {size} example{'s' * (size > 1)}, so that a batch of one example "
@@ -353,6 +357,8 @@ def check_same_on_all_processes(trainer: Trainer, plan: Plan | None, data: DataS
         "set, differs between them. Make both depend on nothing that a process measures or reads for itself": plan,
         "the sampler of the training loader gives another order on each process, but the processes share every step: "
         "give it the same seed everywhere, and let it give all examples, not one process's part": data.drawn(),
+        "the lengths of the training examples differ between the processes, which would not cut the same steps: make `lengths` "
+        "depend on the example alone": data.lengths.digest if data.lengths is not None else None,
     }
     for message, value in remedies.items():
         digest = hashlib.sha256(repr(value).encode()).hexdigest()

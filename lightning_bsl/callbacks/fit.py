@@ -26,9 +26,9 @@ from lightning_bsl.callbacks.loop import (
 from lightning_bsl.callbacks.snapshot import StepStart
 from lightning_bsl.callbacks.sources import DataSource
 from lightning_bsl.schedules import Horizon, JointSchedule, Plan, plan
-from lightning_bsl.schedules.plan import Beside, EpochLength, check_fits
+from lightning_bsl.schedules.plan import Beside, EpochLength, Measure, check_fits
 
-VERSION = 2  # of what is saved in checkpoints
+VERSION = 3  # of what is saved in checkpoints
 
 
 @dataclass
@@ -41,8 +41,12 @@ class Fit:
         undo: Puts back what was changed when it is closed.
         seed: Seed of the order of the examples.
         tokens_per_sample: As of the DataModule.
+        in_tokens: Whether batch sizes are in tokens.
         first_batch: Whether the first batch is still to come.
         resumed: What the checkpoint says that it goes on from.
+        after_backward: Closed after the backward pass under way.
+        clip: The ``gradient_clip_val`` of the Trainer, while a step is not clipped.
+        late: Whether a step is taken that Lightning has left out.
     """
 
     active: bool = False
@@ -50,8 +54,12 @@ class Fit:
     undo: ExitStack = field(default_factory=ExitStack)
     seed: int = 0
     tokens_per_sample: int | None = None
+    in_tokens: bool = False
     first_batch: bool = True
     resumed: Resumed | None = None
+    after_backward: ExitStack = field(default_factory=ExitStack)
+    clip: Any = None
+    late: bool = False
 
     @classmethod
     def begin(cls, trainer: Trainer, clock: RunClock) -> Fit:
@@ -62,6 +70,7 @@ class Fit:
         fit.tokens_per_sample = getattr(trainer.datamodule, "tokens_per_sample", None)  # type: ignore[attr-defined]
         fit.undo.callback(setattr, trainer, "accumulate_grad_batches", fit.asks.accumulate)
         fit.undo.callback(fit.reload_as_asked, trainer)
+        fit.undo.callback(fit.clip_again, trainer)
         if trainer.global_step == 0:
             clock.reset()
         end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
@@ -94,12 +103,13 @@ class Fit:
         Returns:
             ``None`` for a run without an end, or one that is not known, such as where batch sizes are decided while training.
         """
-        epoch, now = data.epoch(trainer), clock.progress
+        epoch, now, measure = data.epoch(trainer), clock.progress, data.measure
         if epoch is not None and (trainer.fast_dev_run or schedule.largest):  # type: ignore[attr-defined]
-            check_fits(schedule.largest or schedule(now).batch_size, epoch.num_examples, now)
+            most, unit = (epoch.num_examples, "examples") if measure is None else (measure.total(now.epoch), measure.unit)
+            check_fits(schedule.largest or schedule(now).batch_size, most, now, unit)
         elif epoch is not None:
             bounds: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
-            make = partial(plan_fit, schedule, tokens_per_sample=self.tokens_per_sample, **bounds)
+            make = partial(plan_fit, schedule, tokens_per_sample=self.tokens_per_sample, measure=measure, **bounds)
             found = make(**epoch._asdict())
             if found is not None and epoch.beside.lengths and data.splits(found):
                 # the batches of another loader are then not steps, and must not end an epoch; that is checked
@@ -112,8 +122,19 @@ class Fit:
             schedule(now._replace(epoch=number))
         return None
 
+    def leave_unclipped(self, trainer: Trainer) -> None:
+        """In ``on_before_optimizer_step``: do not clip the gradients of this call."""
+        if trainer.gradient_clip_val is not None:
+            self.clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+    def clip_again(self, trainer: Trainer) -> None:
+        """Clip as the user asked for."""
+        if self.clip is not None:
+            trainer.gradient_clip_val, self.clip = self.clip, None
+
     def end(self) -> None:
         """Put everything back."""
+        self.after_backward.close()
         self.undo.close()
         self.active = False
 
@@ -222,6 +243,7 @@ def plan_fit(
     tokens_per_sample: int | None = None,
     drop_last: bool = False,
     beside: Beside = Beside(),  # noqa: B008 (immutable)
+    measure: Measure | None = None,
 ) -> Plan | None:
     """The plan of a fit, from the Trainer's arguments; ``None`` for a fit without an end.
 
@@ -235,6 +257,7 @@ def plan_fit(
         tokens_per_sample: As of [`plan`][lightning_bsl.schedules.plan].
         drop_last: As of [`plan`][lightning_bsl.schedules.plan].
         beside: As of [`plan`][lightning_bsl.schedules.plan].
+        measure: As of [`plan`][lightning_bsl.schedules.plan].
     """
     if max_epochs is None and max_steps == -1:
         max_epochs = 1000  # as Trainer does
@@ -252,4 +275,5 @@ def plan_fit(
         drop_last=drop_last,
         beside=beside,
         epoch_length=epoch_length,
+        measure=measure,
     )

@@ -221,7 +221,11 @@ class GradientNoiseScale(Callback):
         pieces = Pieces()
         for piece, norms in step.pieces:
             weight = piece.weight
-            pieces = pieces.plus(self._size(piece), weight / trainer.world_size, _sq_sum([norms]) / (weight * scale) ** 2)
+            if scheduler is not None and has_loss_terms(pl_module):  # what a term weighs may have changed in the step
+                last = step.pieces[-1][0]
+                weight = piece.terms * last.weight / last.terms
+            sq_norm = _sq_sum([norms]) / (piece.weight * scale) ** 2
+            pieces = pieces.plus(self._size(piece), weight / trainer.world_size, sq_norm)
         gradients = [each.grad for each in _parameters(optimizer) if each.grad is not None]
         sq_norm = _sq_sum(map(_norm, gradients))
         if getattr(optimizer, "_step_supports_amp_scaling", False):

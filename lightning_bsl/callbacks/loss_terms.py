@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import is_dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bsl.data.datamodule import data_parallel
@@ -18,7 +22,8 @@ from lightning_bsl.data.datamodule import data_parallel
 
 def has_loss_terms(module: LightningModule) -> bool:
     """Whether a module says what its loss is a mean over."""
-    return callable(getattr(module, "loss_terms", None))
+    method = getattr(module, "loss_terms", None)
+    return callable(method) and not isinstance(method, nn.Module)
 
 
 def count_terms(module: LightningModule, batch: Any) -> float:
@@ -31,12 +36,18 @@ def count_terms(module: LightningModule, batch: Any) -> float:
     Raises:
         MisconfigurationException: No number, or one that is negative or not finite.
     """
-    value: Any = module.loss_terms(batch)  # type: ignore[operator]
-    if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    with torch.no_grad():
+        value: Any = module.loss_terms(batch)  # type: ignore[operator]
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number and not (
+        isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+    ):
+        found = f"a tensor of {value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise MisconfigurationException(
-            f"`{type(module).__name__}.loss_terms` returned {found}; return an int or a scalar tensor: how many terms the mean "
-            "loss of the batch is a mean over"
+            f"`{type(module).__name__}.loss_terms` returned {found}; return an int, a float or a scalar tensor: how many terms "
+            "the mean loss of the batch is a mean over"
         )
     number = float(value)
     if not 0 <= number < math.inf:
@@ -51,13 +62,15 @@ class LossTerms:
 
     A step's gradient is ``sum n_i grad L_i / sum n_i`` over its micro-batches, and over those of all processes; n_i is the
     number of terms of micro-batch i, and L_i the mean loss over them. The sum of the n_i is known only at the step's end. So
-    each loss is weighed by ``n_i / unit`` and the gradient is divided once. The unit is what the sum is expected to be, which
-    keeps gradients in half precision as large as they are in one piece.
+    each loss is weighed by ``n_i / unit`` and the gradient is divided once. The unit is what the sum is expected to be: by the
+    first micro-batch, or over several processes by the step before. So gradients in half precision are about as large as in
+    one piece; on one process also where the terms turn out to be many more.
 
     Args:
         count: The terms of a batch.
         total: Sums a number over the processes that share a step.
         processes: Their number.
+        multiply: Multiplies the gradients that are there by a number; of one process only.
         at_once: Whether the sum must be known before the backward pass, as nobody is asked before the optimizer steps.
 
     Attributes:
@@ -81,10 +94,12 @@ class LossTerms:
         total: Callable[[float], float] = float,
         processes: int = 1,
         at_once: bool = False,
+        multiply: Callable[[float], None] | None = None,
     ) -> None:
         self.per_example = 0.0
         self.piece = 0.0  # terms of the current micro-batch
-        self._count, self._total, self._processes, self._at_once = count, total, processes, at_once
+        self.processes = processes
+        self._count, self._total, self._at_once, self._multiply = count, total, at_once, multiply
         self._examples, self._part, self._whole = 0, 0, True
         self._unit = 0.0
         self._trained: dict[int, float] = {}  # by micro-batch: a closure may be called several times
@@ -104,7 +119,13 @@ class LossTerms:
             summed: Any = trainer.strategy.reduce(torch.tensor(value, dtype=dtype, device=device), reduce_op="sum")
             return float(summed) * processes / trainer.world_size  # with tensor parallelism several train on the same
 
-        return cls(lambda batch: count_terms(module, batch), total, processes, not module.automatic_optimization)
+        def multiply(factor: float) -> None:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+        at_once = not module.automatic_optimization
+        return cls(lambda batch: count_terms(module, batch), total, processes, at_once, multiply)
 
     def begin(self, examples: int, split: bool) -> None:
         """Begin a step.
@@ -114,7 +135,7 @@ class LossTerms:
             split: Whether it has several micro-batches.
         """
         self._examples, self._unit = max(1, examples), 0.0
-        self._whole = not split and self._processes == 1  # then nothing is weighed
+        self._whole = not split and self.processes == 1  # then nothing is weighed
         self._trained.clear()
 
     def begin_piece(self, part: int, batch: Any, examples: int) -> None:
@@ -130,21 +151,38 @@ class LossTerms:
             self._unit = self.piece
         elif self._at_once:
             self._unit = self._total(self.piece)
+        elif self.processes > 1:
+            if not self._unit:
+                each = self.per_example or self._total(self.piece / max(1, examples)) / self.processes
+                self._unit = self._expected(each)
         elif not self._unit:
-            each = self.per_example or self._total(self.piece / max(1, examples)) / self._processes
-            # a power of two for each example: then it does not matter for the rounding which one it is
-            self._unit = self._examples * 2.0 ** round(math.log2(each)) if each else float(self._examples)
+            self._unit = self._expected(self.piece / max(1, examples)) if self.piece else 0.0
+        elif (sum(self._trained.values()) + self.piece) > 2 * self._unit:
+            shrink = 2.0 ** math.ceil(math.log2((sum(self._trained.values()) + self.piece) / self._unit))
+            self._unit *= shrink
+            if self._multiply is not None:
+                self._multiply(1 / shrink)
+
+    def _expected(self, each: float) -> float:
+        """The terms of the step, by those of an example."""
+        # a power of two for each example: then it does not matter for the rounding which one it is
+        return self._examples * 2.0 ** round(math.log2(each)) if each else float(self._examples)
 
     @property
     def weight(self) -> float:
         """What the mean loss of the current micro-batch is multiplied by, where processes are averaged."""
-        return self.piece * self._processes / self._unit if self.piece else 0.0
+        return self.piece * self.processes / self._unit if self.piece else 0.0
 
     @property
     def local_factor(self) -> float:
         """What the weighed losses of this process are multiplied by to be a mean."""
-        trained = sum(self._trained.values()) * self._processes
+        trained = sum(self._trained.values()) * self.processes
         return self._unit / trained if trained else 0.0
+
+    @property
+    def trained(self) -> bool:
+        """Whether this process has trained any term of the step."""
+        return any(self._trained.values())
 
     def note_backward(self) -> None:
         """The current micro-batch has a loss."""
@@ -175,8 +213,7 @@ class MaskWarning:
     """
 
     def __init__(self, module: LightningModule, processes: int = 1, looks: int = 100) -> None:
-        self._module, self._processes = module, processes
-        self._looks = 0 if has_loss_terms(module) else looks
+        self._module, self.processes, self._looks = module, processes, looks
 
     def __call__(self, batch: Any, split: bool) -> None:
         """Look at a batch.
@@ -185,7 +222,7 @@ class MaskWarning:
             batch: The batch.
             split: Whether its step has several micro-batches.
         """
-        if self._looks > 0 and (split or self._processes > 1):
+        if self._looks > 0 and (split or self.processes > 1):
             self._looks -= 1
             if reason := _mask(batch):
                 self._looks = 0
@@ -201,8 +238,13 @@ class MaskWarning:
 def _mask(batch: Any) -> str | None:
     """What of a batch is masked, as far as conventions of `transformers` and torch say."""
     if isinstance(batch, Tensor):
-        masked = not batch.is_floating_point() and not batch.is_complex() and bool((batch == -100).any())
-        return "labels of -100" if masked else None
+        # cross-entropy takes labels of no other type
+        labels = batch.dtype == torch.int64 and batch.layout == torch.strided and not batch.is_nested
+        return "labels of -100" if labels and bool((batch == -100).any()) else None
+    if is_dataclass(batch):
+        batch = vars(batch)
+    elif hasattr(batch, "_asdict"):
+        batch = batch._asdict()
     if isinstance(batch, Mapping):
         if "attention_mask" in batch:
             return "an `attention_mask`"
@@ -212,22 +254,47 @@ def _mask(batch: Any) -> str | None:
     return next(filter(None, map(_mask, batch)), None)
 
 
-def without_gradient(loss: Tensor) -> None:
-    """Have the backward pass of a loss over nothing add zeros, where it would add NaN (a mean over nothing is 0/0).
+def without_gradient(loss: Tensor, parameters: Iterable[Tensor], alone: bool) -> ExitStack:
+    """Have the backward pass of a loss over nothing add nothing, where it would add NaN (a mean over nothing is 0/0).
 
-    It is run all the same: other processes wait for the gradients of every parameter.
+    It is run all the same: other processes wait for the gradients of every parameter. There every step of the backward pass
+    gives zeros, but for what runs a backward pass of its own (reentrant checkpoints).
 
     Args:
         loss: The loss.
+        parameters: Of the module.
+        alone: Whether there is one process.
+
+    Returns:
+        To be closed after the backward pass.
     """
+    undo = ExitStack()
+    if alone:  # then what it adds can be thrown away
+        for parameter in parameters:
+            undo.callback(_put_back, parameter, parameter.grad)
+            parameter.grad = None
+        return undo
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen or hasattr(node, "variable"):  # the last is a parameter
+        if node is None or node in seen or node.name().endswith("AccumulateGrad"):  # the last is a parameter
             continue
         seen.add(node)
-        node.register_hook(lambda inputs, _: tuple(None if each is None else torch.zeros_like(each) for each in inputs))
+        handle = node.register_hook(
+            lambda inputs, _: tuple(None if each is None else torch.zeros_like(each) for each in inputs)
+        )
+        undo.callback(handle.remove)
         nodes += [following for following, _ in node.next_functions]
+    return undo
+
+
+def _zeros(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else torch.zeros_like(gradient)
+
+
+def _put_back(parameter: Tensor, gradient: Tensor | None) -> None:
+    # a loss scaler must find a gradient where there was none
+    parameter.grad = _zeros(parameter.grad) if gradient is None else gradient
 
 
 def skip_step(optimizer: Optimizer, scaler: Any = None) -> None:
@@ -239,4 +306,6 @@ def skip_step(optimizer: Optimizer, scaler: Any = None) -> None:
     """
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)  # it would look for infinities as it steps, and find no gradient to look at
-    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None

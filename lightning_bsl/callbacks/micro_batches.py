@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_bsl.callbacks.loop import Train, take_step
 from lightning_bsl.callbacks.loss_terms import LossTerms, MaskWarning, skip_step
 from lightning_bsl.callbacks.snapshot import Snapshot
-from lightning_bsl.data.sampler import Cut
+from lightning_bsl.data.sampler import Cut, micro_batches
 
 T = TypeVar("T")
 
@@ -35,6 +35,21 @@ class MicroBatch(NamedTuple):
     examples: int
     weight: float
     terms: float
+
+
+class Parts(NamedTuple):
+    """How a step is cut, where that does not follow from the number of its examples.
+
+    Args:
+        slices: This process's micro-batches, one after another in its share; ``None`` where their number says it all.
+        longest: The length of the longest example in the share of each process; nothing where it is not known.
+    """
+
+    slices: tuple[slice, ...] | None = None
+    longest: tuple[float, ...] = ()
+
+
+_BY_NUMBER = Parts()
 
 
 class StepSplitter:
@@ -140,14 +155,15 @@ class StepSplitter:
         """Whether the current micro-batch has begun."""
         return self.under_way and len(self._counts) > self.part
 
-    def begin(self, examples: int, batch_size: int) -> None:
+    def begin(self, examples: int, batch_size: int, parts: Parts = _BY_NUMBER) -> None:
         """Begin a step.
 
         Args:
             examples: Of the step, over all processes; 0 where it trains on other loaders alone.
             batch_size: What the schedule says.
+            parts: How it is cut.
         """
-        self.pieces = self.cut(examples, batch_size) if examples else (slice(0, 0),)
+        self.pieces = parts.slices or (self.cut(examples, batch_size) if examples else (slice(0, 0),))
         self.split = len(self.pieces) > 1
         self.examples, self.part, self.corrected, self._with_loss, self._counts = examples, 0, 1.0, set(), []
         self._divided.clear()
@@ -223,6 +239,8 @@ class StepSplitter:
         complete = self.last or trainer.is_last_batch
         if not (self.split and complete and self.has_gradient) or self.has_loss or self.corrected == 0:
             return
+        if self.terms is not None and self.terms.processes == 1 and not self.terms.trained:
+            return  # there was nothing to train in any
         # Lightning steps at a batch whose loss is None, but a loss scaler then leaves out the step
         if not given or getattr(trainer.precision_plugin, "scaler", None) is not None:
             take_step(trainer, batch_idx, counted=given)
@@ -244,8 +262,9 @@ class StepSplitter:
         self.pieces, self.split = (), False
 
     def state_dict(self) -> dict[str, Any]:
-        """The largest micro-batch, where one was found, and the terms of an example."""
-        return {"micro_batch_size": None, "terms_per_example": self.terms.per_example if self.terms is not None else 0.0}
+        """The largest micro-batch, in examples or tokens, where one was found, and the terms of an example."""
+        terms = self.terms.per_example if self.terms is not None else 0.0
+        return {"micro_batch_size": None, "micro_batch_tokens": None, "terms_per_example": terms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
@@ -272,21 +291,27 @@ class MemoryCeiling(StepSplitter):
     later steps. Over several processes none can repeat a step alone, since the others wait for its gradients: there each new
     size is tried first, its gradients thrown away, and all processes go by the one that has the least memory.
 
+    Where the lengths of the examples are known, the bound is one on padded tokens: the examples that fitted x the longest of
+    their step. So a step of long examples does not halve the micro-batches of those after it.
+
     The loader gives whole steps; they are cut here.
 
     Attributes:
         size: The bound on a micro-batch's examples, ``None`` as long as every step fitted whole.
+        tokens: The bound on its padded tokens, in the place of ``size`` where lengths are known.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.size: int | None = None
-        self._tried = 0  # the largest size that fitted on every process
+        self.tokens: float | None = None
+        self._lengths: tuple[float, ...] = ()  # of the longest example of each process in this step
+        self._tried: dict[int, tuple[float, float]] = {}  # by process: most padded tokens that fitted, and the longest example
         self._stepped = False
 
-    def begin(self, examples: int, batch_size: int) -> None:
+    def begin(self, examples: int, batch_size: int, parts: Parts = _BY_NUMBER) -> None:
         """Begin a step, in one piece."""
-        self.cut = replace(self.cut, max_device_batch_size=None)
+        self.cut, self._lengths = replace(self.cut, max_device_batch_size=None), parts.longest
         super().begin(examples, batch_size)
 
     def begin_piece(self, examples: int | None = None, batch: Any = None) -> None:
@@ -295,12 +320,56 @@ class MemoryCeiling(StepSplitter):
 
     def state_dict(self) -> dict[str, Any]:
         """The largest micro-batch, where one was found, and the terms of an example."""
-        return super().state_dict() | {"micro_batch_size": self.size}
+        return super().state_dict() | {"micro_batch_size": self.size, "micro_batch_tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         super().load_state_dict(state)
-        self.size = state["micro_batch_size"]
+        self.size, self.tokens = state["micro_batch_size"], state["micro_batch_tokens"]
+
+    @property
+    def _longest(self) -> float | None:
+        """The longest example of the step."""
+        return max(self._lengths, default=None)
+
+    def _most(self, largest: int) -> int:
+        """Most examples of this step at once, out of ``largest``."""
+        if self._longest is not None and self.tokens is not None:
+            return max(1, min(largest, int(self.tokens // self._longest)))
+        return min(largest, self.size or largest)
+
+    def _bound(self, size: int) -> None:
+        """From now on no more than ``size`` examples as long as this step's."""
+        if self._longest is None:
+            self.size = size
+        else:
+            self.tokens = size * self._longest
+
+    def _needs(self, size: int) -> dict[int, tuple[float, float]]:
+        """The most padded tokens of each process's micro-batches, and its longest example, where each has at most ``size``.
+
+        A model may need more memory for the same tokens in longer examples. Where lengths are not known each counts for one.
+        """
+        needs = {}
+        for rank in range(self.cut.world_size):
+            parts = micro_batches(self.examples, rank, self.cut.world_size, size)
+            length = self._lengths[rank] if self._lengths else 1.0
+            needs[rank] = max(1, *(part.stop - part.start for part in parts)) * length, length
+        return needs
+
+    def _was_tried(self, size: int) -> bool:
+        """Whether each process had room for as much before."""
+        for rank, (tokens, length) in self._needs(size).items():
+            most_tokens, longest = self._tried.get(rank, (0.0, 0.0))
+            if tokens > most_tokens or length > longest:
+                return False
+        return True
+
+    def _note_tried(self, size: int) -> None:
+        """Each process had room for micro-batches of this size."""
+        for rank, (tokens, length) in self._needs(size).items():
+            most_tokens, longest = self._tried.get(rank, (0.0, 0.0))
+            self._tried[rank] = max(tokens, most_tokens), max(length, longest)
 
     def step(self, trainer: Trainer, batch: Any, train: Train) -> Tensor | None:
         """Train a step.
@@ -318,18 +387,19 @@ class MemoryCeiling(StepSplitter):
             MisconfigurationException: A batch that has to be split and cannot be.
         """
         largest = -(-self.examples // self.cut.world_size)
-        size = min(largest, self.size or largest)
+        size = self._most(largest)
         if self.cut.world_size == 1:
             return self._alone(trainer, batch, size, train)
-        if size > self._tried:
+        if not self._was_tried(size):
             while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, batch, size, train)):
                 if size == 1:
                     raise torch.OutOfMemoryError(
                         "out of memory with micro-batches of one example, on one of the processes at least"
                     )
-                _warn_of(size)
-                size = self.size = -(-size // 2)
-            self._tried = size
+                _warn_of(size, self._longest)
+                size = -(-size // 2)
+                self._bound(size)
+            self._note_tried(size)
         try:
             loss = self._train(batch, size, train)
         except RuntimeError as error:
@@ -340,7 +410,8 @@ class MemoryCeiling(StepSplitter):
                 f"none can repeat the step alone. Resume from the last checkpoint with `max_device_batch_size={size // 2}`"
             ) from error
         if not self._stepped:  # the optimizer has its buffers only now, so what was tried has to prove itself beside them
-            self._stepped, self._tried = True, 0
+            self._stepped = True
+            self._tried.clear()
         return loss
 
     def _alone(self, trainer: Trainer, batch: Any, size: int, train: Train) -> Tensor | None:
@@ -349,15 +420,15 @@ class MemoryCeiling(StepSplitter):
 
         def undo() -> None:
             before.restore()
-            _warn_of(cast(int, self.cut.max_device_batch_size))
+            _warn_of(cast(int, self.cut.max_device_batch_size), self._longest)
 
         fitted, loss = halved_to_fit(size, lambda part: self._train(batch, part, train), undo)
         if fitted < size:
-            self.size = fitted
+            self._bound(fitted)
         return loss
 
     def _fits(self, trainer: Trainer, batch: Any, size: int, train: Train) -> bool:
-        """Try the first micro-batch, with the other processes."""
+        """Try the largest micro-batch, with the other processes."""
         model = trainer.strategy.model
         before, syncs = Snapshot(trainer), getattr(model, "require_forward_param_sync", False)
         if isinstance(model, DistributedDataParallel):
@@ -377,13 +448,15 @@ class MemoryCeiling(StepSplitter):
         return fits
 
     def _train(self, batch: Any, size: int, train: Train, trial: bool = False) -> Tensor | None:
-        """Train the step in micro-batches of ``size``, or the first of them; return the mean loss over what was trained."""
+        """Train the step in micro-batches of ``size``, or try the largest; return the mean loss over what was trained."""
         self.cut = replace(self.cut, max_device_batch_size=size or None)
         super().begin(self.examples, self.examples)
         first = self.pieces[0].start
         share = self.pieces[-1].stop - first
         loss: Tensor | None = None
-        for i, part in enumerate(self.pieces[:1] if trial else self.pieces):
+        if trial:
+            self.part = max(range(len(self.pieces)), key=lambda i: self.pieces[i].stop - self.pieces[i].start)
+        for i, part in enumerate(self.pieces[self.part : self.part + 1] if trial else self.pieces):
             if i:
                 self.end_piece()
             piece = cut(batch, part.start - first, part.stop - part.start, share) if self.split else batch
@@ -399,9 +472,11 @@ class MemoryCeiling(StepSplitter):
         return loss if loss is None or trial else loss * (self.correction if self.terms is None else self.terms.local_factor)
 
 
-def _warn_of(size: int) -> None:
+def _warn_of(size: int, longest: float | None) -> None:
+    half = -(-size // 2)
+    tokens = "" if longest is None else f" of {longest:.10g} tokens, or as many shorter ones as have {half * longest:.10g}"
     rank_zero_warn(
-        f"out of memory with micro-batches of {size} examples; going on with {-(-size // 2)}. (BatchNorm, if there is any, "
+        f"out of memory with micro-batches of {size} examples; going on with {half}{tokens}. (BatchNorm, if there is any, "
         "takes its statistics from micro-batches.)"
     )
 

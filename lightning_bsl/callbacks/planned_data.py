@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -17,13 +19,14 @@ from torch.utils.data import DataLoader
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.loaders import REMEDY, Ask, Asks, Epoch, as_combined, limit_of, obstacle, size_of
 from lightning_bsl.callbacks.loop import end_workers
-from lightning_bsl.callbacks.micro_batches import StepSplitter
-from lightning_bsl.data.datamodule import data_parallel
+from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
+from lightning_bsl.data.datamodule import BatchSizeDataModule, data_parallel
+from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.orders import SamplerOrder, order_of
-from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, remade
+from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, Permutation, remade, share_of
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
 from lightning_bsl.schedules.functions import Function
-from lightning_bsl.schedules.plan import Beside
+from lightning_bsl.schedules.plan import Beside, Run
 
 
 class PlannedData:
@@ -41,6 +44,12 @@ class PlannedData:
         batch_size: The schedule.
         seed: Seed of the order of the examples.
         asks: What the user asked of the Trainer.
+        in_tokens: Whether batch sizes are in tokens.
+
+    Raises:
+        MisconfigurationException: ``max_device_tokens`` where steps cannot be cut by it, or batch sizes in tokens where they
+            cannot be planned.
+        ValueError: Lengths that cannot be.
     """
 
     grows_inside = True
@@ -55,11 +64,14 @@ class PlannedData:
         batch_size: Function,
         seed: int,
         asks: Asks,
+        in_tokens: bool = False,
     ) -> None:
         rank, world_size = data_parallel(trainer)
         self.index, self.clock, self.seed = index, clock, seed
         self.cut = Cut(rank, world_size, splitter.limit, asks.accumulate)
         self._splitter, self._overfit = splitter, bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+        self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._in_tokens = in_tokens
         self.asked_at = clock.epoch_start.epoch
         # the epoch in which a run that was not interrupted would have asked for these loaders
         made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
@@ -75,6 +87,12 @@ class PlannedData:
         cycles = len(flat) > 1 and given._mode == "max_size_cycle"
         make = partial(self._sampler_of, made_at=made_at, cycles=cycles)
         scheduled = make(flat[self.index], batch_size, self._done, self.cut)
+        scheduled.lengths = self.lengths = self._lengths_of(flat[self.index])
+        scheduled.cut = self.cut = replace(self.cut, by_length=self._cuts_by_length(scheduled.order))
+        if self._in_tokens:
+            self._check_tokens(scheduled.order, len(flat))
+            scheduled.in_tokens = True
+        self.measure = scheduled.measure
         processes = self.cut.world_size
         for i, loader in enumerate(flat):
             size = size_of(loader)
@@ -117,6 +135,73 @@ class PlannedData:
             cycles=cycles,
         )
 
+    def _lengths_of(self, loader: DataLoader[Any]) -> Lengths | None:
+        """The lengths of the scheduled loader's examples: its sampler has them, or the DataModule that it is of."""
+        if isinstance(loader.batch_sampler, GlobalBatchSampler):
+            return loader.batch_sampler.lengths
+        own = self._datamodule if isinstance(self._datamodule, BatchSizeDataModule) else None
+        if own is None or (own.lengths is None and own.max_device_tokens is None):
+            return None
+        if loader.dataset is own.train_set:
+            return own.known_lengths()
+        raise MisconfigurationException(
+            "`lengths` are those of the DataModule's `train_set`, but its `train_dataloader` gives a loader over another data "
+            "set: give the data set as `train`, or set it as `train_set` in `setup`; or leave `lengths` out"
+        )
+
+    def _cuts_by_length(self, order: Any) -> bool:
+        """Whether steps are dealt and cut by length."""
+        if self.lengths is None:
+            return False
+        tokens, ahead = self.lengths.max_device_tokens, isinstance(order, Permutation)
+        whole = isinstance(self._splitter, MemoryCeiling)  # then the loader gives whole steps
+        if ahead and (whole or tokens or self.cut.max_device_batch_size or self.cut.world_size > 1):
+            _ = self.lengths.values  # the errors of lengths that are needed come now
+        if tokens is None:
+            return ahead and not whole and self.cut.accumulate == 1
+        bound = f"`max_device_tokens={tokens}`"
+        if whole:
+            raise MisconfigurationException(
+                f"{bound} and `max_device_batch_size='auto'` both say how much of a step goes through the model at once: leave "
+                "`max_device_tokens` out to have it found, or `max_device_batch_size` to have it as you say"
+            )
+        if self.cut.accumulate > 1:
+            raise MisconfigurationException(
+                f"`accumulate_grad_batches={self.cut.accumulate}` and {bound} both say how a step is cut. Write "
+                "`accumulate_grad_batches=1`"
+            )
+        if not ahead:
+            raise MisconfigurationException(
+                f"the training loader has a sampler of its own, so it is not known ahead which examples {bound} puts together: "
+                "use `shuffle` in the place of the sampler, or leave `max_device_tokens` out"
+            )
+        return True
+
+    def _check_tokens(self, order: Any, loaders: int) -> None:
+        """Refuse batch sizes in tokens where it is not known ahead how many examples they are."""
+        remedy = 'or leave out `batch_size_unit="tokens"` and write batch sizes in examples'
+        if self.lengths is None:
+            raise MisconfigurationException(
+                '`batch_size_unit="tokens"` needs the length of each training example: give '
+                f"`BatchSizeDataModule(lengths=...)`, or a data set with an attribute `lengths` in one; {remedy}"
+            )
+        if loaders > 1:
+            raise MisconfigurationException(
+                f'`batch_size_unit="tokens"` with {loaders} training loaders: how many steps an epoch has is not known ahead. '
+                f"Give one loader, {remedy}"
+            )
+        if not isinstance(order, Permutation):
+            raise MisconfigurationException(
+                "the training loader has a sampler of its own, so it is not known ahead how many tokens each step has: use "
+                f"`shuffle` in the place of the sampler, {remedy}"
+            )
+        if self.cut.accumulate > 1:
+            raise MisconfigurationException(
+                f'`accumulate_grad_batches={self.cut.accumulate}` with `batch_size_unit="tokens"`: the batch size is already '
+                "that of a whole step. Write `accumulate_grad_batches=1`"
+            )
+        _ = self.lengths.values  # their errors come now
+
     def epoch(self, trainer: Trainer) -> Epoch | None:
         """Everything is known, unless a loader beside has no end."""
         flat = self.loaders.flattened
@@ -139,10 +224,52 @@ class PlannedData:
     def step_examples(self, batch_size: int) -> int:
         """The batch size, or what is left of the pass; nothing where the loader has ended and a longer one has not."""
         order, epoch = self.sampler.order, self.clock.epoch_start.epoch
-        left = order.length(epoch) - (self.clock.behind - self.sampler.pass_start)
+        start = self.clock.behind - self.sampler.pass_start
+        left = order.length(epoch) - start
+        if self.measure is not None:
+            return self.measure.take(epoch, start, batch_size) if left > 0 else 0
         if left >= batch_size:
             return batch_size
         return 0 if self.sampler.drops_last else max(0, left)
+
+    def parts(self, examples: int, batch_size: int) -> Parts:
+        """As of the sampler, which gives the examples."""
+        sampler, clock = self.sampler, self.clock
+        by_tokens = isinstance(self._splitter, MemoryCeiling) and isinstance(sampler.order, Permutation)
+        if sampler.lengths is None or not examples or not (sampler.cuts_by_length or by_tokens):
+            return Parts()
+        epoch, start = clock.epoch_start.epoch, clock.behind - sampler.pass_start
+        if by_tokens:
+            lengths, processes = sampler.step_lengths(epoch, start, examples, sampler.cycle), self.cut.world_size
+            shares = (lengths[share_of(examples, rank, processes)] for rank in range(processes))
+            # a process without a share repeats the first example
+            return Parts(longest=tuple(float((share if len(share) else lengths[:1]).max()) for share in shares))
+        parts = sampler.parts(epoch, start, examples, batch_size, sampler.cycle)
+        stops = [*accumulate(part.stop - part.start if isinstance(part, slice) else len(part) for part in parts)]
+        return Parts(tuple(map(slice, [0, *stops], stops)))
+
+    def most_batches(self, batch_size: int) -> int:
+        """As of the sampler."""
+        return self.sampler.most_batches(batch_size)
+
+    def batches(self, run: Run, start: int) -> int:
+        """As cut by the sampler."""
+        if not self.sampler.cuts_by_length:
+            return self.cut.batches(run)
+        if self.most_batches(run.batch_size) == 1:
+            return run.steps
+        return self.sampler.count_batches(run, start)
+
+    def sizes(self, run: Run, start: int) -> Iterator[tuple[int, list[int]]]:
+        """As cut by the sampler: of every step where lengths decide."""
+        if not self.sampler.cuts_by_length:
+            yield from self.cut.sizes(run)
+            return
+        for examples, number in run.kinds():
+            for _ in range(number):
+                parts = self.sampler.parts(run.start.epoch, start, examples, run.batch_size)
+                yield examples, [part.stop - part.start if isinstance(part, slice) else len(part) for part in parts]
+                start += examples
 
     def count(self) -> None:
         """As cut."""
@@ -152,8 +279,12 @@ class PlannedData:
         return splitter.examples
 
     def splits(self, plan: Plan) -> bool:
-        """Whether any step of a plan has several micro-batches."""
-        return any(len(self.cut(stage.batch_size, stage.batch_size)) > 1 for stage in plan.stages)
+        """Whether any step of a plan has several micro-batches; beside other loaders, whether one may have."""
+        if all(self.most_batches(stage.batch_size) == 1 for stage in plan.stages):
+            return False
+        if not self.sampler.cuts_by_length or len(self.loaders.flattened) > 1:
+            return True
+        return any(self.batches(run, start) > run.steps for run, start in plan.runs_of_epochs())
 
     def is_stale(self) -> bool:
         """Whether the batches of an epoch are others than when Lightning asked for the loaders."""

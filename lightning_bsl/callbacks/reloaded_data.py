@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.loaders import REMEDY, Ask, Asks, Epoch, as_combined, limit_of, size_of
 from lightning_bsl.callbacks.loop import end_workers, with_distributed_sampler
-from lightning_bsl.callbacks.micro_batches import StepSplitter
+from lightning_bsl.callbacks.micro_batches import Parts, StepSplitter
 from lightning_bsl.data.datamodule import data_parallel
+from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import Cut
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
+from lightning_bsl.schedules.plan import Measure, Run
 
 
 class ReloadedData:
@@ -43,6 +45,8 @@ class ReloadedData:
     """
 
     grows_inside = exact = False
+    lengths: Lengths | None = None
+    measure: Measure | None = None
 
     def __init__(
         self,
@@ -93,6 +97,22 @@ class ReloadedData:
     def step_examples(self, batch_size: int) -> int:
         """Of this process alone: Lightning averages over the others."""
         return self._local(batch_size) * self.cut.accumulate
+
+    def parts(self, examples: int, batch_size: int) -> Parts:
+        """By their number."""
+        return Parts()
+
+    def most_batches(self, batch_size: int) -> int:
+        """Their number."""
+        return len(self.cut(batch_size, batch_size))
+
+    def batches(self, run: Run, start: int) -> int:
+        """As cut."""
+        return self.cut.batches(run)
+
+    def sizes(self, run: Run, start: int) -> Iterator[tuple[int, list[int]]]:
+        """As cut."""
+        return self.cut.sizes(run)
 
     def count(self) -> int | None:
         """What was counted when the batch was put together."""

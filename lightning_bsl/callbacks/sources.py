@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Protocol, cast
 
@@ -13,12 +14,14 @@ from torch.utils.data import DataLoader
 
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.loaders import REMEDY, Ask, Asks, Epoch, as_combined, obstacle, scheduled_index, size_of
-from lightning_bsl.callbacks.micro_batches import MemoryCeiling, StepSplitter
+from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
 from lightning_bsl.callbacks.planned_data import PlannedData
 from lightning_bsl.callbacks.reloaded_data import ReloadedData
+from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import Cut
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
 from lightning_bsl.schedules.functions import Function
+from lightning_bsl.schedules.plan import Measure, Run
 
 
 class DataSource(Protocol):
@@ -28,6 +31,8 @@ class DataSource(Protocol):
         loaders: What Lightning trains on.
         index: Which of them follows the schedule.
         cut: How its steps are cut.
+        lengths: The lengths of its examples, where they are known.
+        measure: What batch sizes count, where these are not examples.
         asked_at: The epoch in which the user's loaders were asked for last.
         grows_inside: Whether the batch size can change inside an epoch.
         exact: Whether every loader goes on inside an epoch where a run was interrupted.
@@ -36,6 +41,8 @@ class DataSource(Protocol):
     loaders: CombinedLoader
     index: int
     cut: Cut
+    lengths: Lengths | None
+    measure: Measure | None
     asked_at: int
     grows_inside: bool
     exact: bool
@@ -50,6 +57,27 @@ class DataSource(Protocol):
 
     def step_examples(self, batch_size: int) -> int:
         """Examples of the step that begins now, over all processes."""
+        ...
+
+    def parts(self, examples: int, batch_size: int) -> Parts:
+        """How the step that begins now is cut.
+
+        Args:
+            examples: Of the step, over all processes.
+            batch_size: What the schedule says.
+        """
+        ...
+
+    def most_batches(self, batch_size: int) -> int:
+        """Most micro-batches that a step may have."""
+        ...
+
+    def batches(self, run: Run, start: int) -> int:
+        """This process's micro-batches in a run of a plan, ``start`` examples after the start of its epoch."""
+        ...
+
+    def sizes(self, run: Run, start: int) -> Iterator[tuple[int, list[int]]]:
+        """Of the steps of a run, or of each kind of them: their examples, and those of this process's micro-batches."""
         ...
 
     def count(self) -> int | None:
@@ -109,6 +137,7 @@ class Wishes(Protocol):
     asks: Asks
     undo: ExitStack
     seed: int
+    in_tokens: bool
 
 
 def source_of(
@@ -131,7 +160,8 @@ def source_of(
         splitter: Cuts the steps.
         schedule: Batch size and learning rate.
         name: Key or index of the loader that follows the schedule, where there are several.
-        fit: What the user asked of the Trainer; the seed of the order of the examples; what is closed at the end of the fit.
+        fit: What the user asked of the Trainer; the seed of the order of the examples; whether batch sizes are in tokens; what
+            is closed at the end of the fit.
 
     Raises:
         MisconfigurationException: The loader cannot follow the schedule; the message says why, and what to do.
@@ -142,7 +172,11 @@ def source_of(
     reason = obstacle(loader)
     if reason is None:
         batch_size = cast(Function, schedule.batch_size)
-        return PlannedData(trainer, given, index, clock, splitter, batch_size, fit.seed, fit.asks)
+        return PlannedData(trainer, given, index, clock, splitter, batch_size, fit.seed, fit.asks, fit.in_tokens)
+    if fit.in_tokens:
+        raise MisconfigurationException(
+            f'the training loader {reason}, so batch sizes in tokens (`batch_size_unit="tokens"`) cannot be planned: {REMEDY}'
+        )
     follows = isinstance(size_of(loader), int) and lightning_hasattr(module, "batch_size")
     if not follows or type(loader).__iter__ is not DataLoader.__iter__ or len(given.flattened) > 1 or schedule.largest:
         raise MisconfigurationException(

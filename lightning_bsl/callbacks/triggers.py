@@ -98,7 +98,7 @@ class NoiseScaleTrigger:
 
     Raises:
         ValueError: ``factor`` is not above 0.
-        MisconfigurationException: At the start of training, without ``GradientNoiseScale``.
+        MisconfigurationException: At the start of training, without ``GradientNoiseScale``, or with one in terms.
     """
 
     def __init__(self, factor: float = 1.0) -> None:
@@ -170,6 +170,16 @@ class PlateauTrigger:
 
 
 def noise_scale(trainer: Trainer) -> GradientNoiseScale | None:
-    """The measurement among the callbacks, if there is one."""
+    """The measurement among the callbacks, if there is one.
+
+    Raises:
+        MisconfigurationException: It is in terms of the loss, which cannot be compared with batch sizes in examples.
+    """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((each for each in callbacks if isinstance(each, GradientNoiseScale)), None)
+    measurement = next((each for each in callbacks if isinstance(each, GradientNoiseScale)), None)
+    if measurement is not None and measurement.per == "terms":
+        raise MisconfigurationException(
+            "batch sizes are compared with the noise scale of GradientNoiseScale(per='terms'), which is no number of examples: "
+            "write `per='examples'`"
+        )
+    return measurement

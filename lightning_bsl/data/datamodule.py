@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import GlobalBatchSampler, remade
 from lightning_bsl.schedules import Progress
 
@@ -55,10 +57,18 @@ class BatchSizeDataModule(LightningDataModule):
         shuffle: Whether to shuffle the training examples.
         samples_per_epoch: Only that many random training examples an epoch; all by default.
         drop_last: Whether to leave out a last step of an epoch that has fewer examples than the batch size.
+        lengths: The length of each training example, 1 or more: a sequence, an array or a tensor; or a function of an example,
+            called once for each when the lengths are first needed. By default the training set's attribute ``lengths``, if it
+            has one. ``BatchLRScheduler`` then deals the examples of each step to the processes, and cuts them into
+            micro-batches, so that examples of similar length are padded together; which examples a step has stays the same.
+            (``GradientNoiseScale`` then sees the differences between short and long examples as noise, too.)
+        max_device_tokens: Beside ``BatchLRScheduler``, most padded tokens that one process puts through the model at once: the
+            longest example of a micro-batch x its examples. Needs the lengths.
 
     Raises:
-        TypeError: A training set without a length (an ``IterableDataset``).
-        ValueError: A size below 1.
+        TypeError: A training set without a length (an ``IterableDataset``), or lengths that are no numbers.
+        ValueError: A size below 1; ``max_device_tokens`` without lengths, or below the longest of them; more or fewer lengths
+            than training examples, or one below 1.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -86,6 +96,9 @@ class BatchSizeDataModule(LightningDataModule):
         shuffle: bool = True,
         samples_per_epoch: int | None = None,
         drop_last: bool = False,
+        # not its types: LightningCLI does not know arrays
+        lengths: Any = None,
+        max_device_tokens: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -93,6 +106,8 @@ class BatchSizeDataModule(LightningDataModule):
                 raise ValueError(f"`{name}={value}` must be 1 or more")
         if samples_per_epoch is not None and samples_per_epoch < 1:
             raise ValueError(f"`samples_per_epoch={samples_per_epoch}` must be 1 or more")
+        if max_device_tokens is not None and not max_device_tokens >= 1:
+            raise ValueError(f"`max_device_tokens={max_device_tokens}` must be 1 or more, or None for no bound")
         self.train_set, self.val_set, self.test_set = train, val, test
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -104,6 +119,9 @@ class BatchSizeDataModule(LightningDataModule):
         self.shuffle = shuffle
         self.samples_per_epoch = samples_per_epoch
         self.drop_last = drop_last
+        self.lengths = lengths
+        self.max_device_tokens = max_device_tokens
+        self._lengths: tuple[Any, Lengths] | None = None  # of which training set, and what they are
         self._train_loader: DataLoader[Any] | None = None
 
     @property
@@ -126,6 +144,33 @@ class BatchSizeDataModule(LightningDataModule):
             raise ValueError(f"`samples_per_epoch={number}` must be at most the {most} examples of the training set")
         return number or most
 
+    def known_lengths(self) -> Lengths | None:
+        """The lengths of the training examples, and their bound; ``None`` where they are not known.
+
+        Raises:
+            ValueError: ``max_device_tokens`` without lengths.
+        """
+        dataset: Any = self.train_set
+        given, number = self.lengths, self.num_train_examples
+        if self._lengths is None or self._lengths[0] is not dataset:
+            if given is None:
+                attribute = getattr(dataset, "lengths", None)
+                # else it means something else
+                given = attribute if isinstance(attribute, Sized) and len(attribute) == number else None
+            if given is None:
+                if self.max_device_tokens is None:
+                    return None
+                raise ValueError(
+                    f"`max_device_tokens={self.max_device_tokens}` needs the lengths of the training examples: give "
+                    "`lengths=...`, one number for each example or a function of an example, or leave it out"
+                )
+
+            def read() -> Any:
+                return [given(dataset[index]) for index in range(number)] if callable(given) else given
+
+            self._lengths = dataset, Lengths(read, number, self.max_device_tokens)
+        return self._lengths[1]
+
     def train_dataloader(self) -> DataLoader[Any]:
         """The training loader: the same object every time, so that workers live on; its batches are of ``batch_size``."""
         if self._train_loader is None:
@@ -144,8 +189,12 @@ class BatchSizeDataModule(LightningDataModule):
                 samples_per_epoch=self.samples_per_epoch,
                 drop_last=self.drop_last,
             )
+            # known, but not cut by: without BatchLRScheduler each batch of the loader is a whole step
+            sampler.lengths = self.known_lengths()
             arguments = self._loader_arguments()
             loader = DataLoader(cast("Dataset[Any]", self.train_set), batch_sampler=sampler, **arguments)
+            if trainer and self.max_device_tokens is not None:
+                self._warn_without_scheduler(trainer)
             self._train_loader = remade(loader, sampler, arguments["generator"])
         return self._train_loader
 
@@ -184,6 +233,14 @@ class BatchSizeDataModule(LightningDataModule):
             # of its own: making a loader's iterator must not draw from the global one
             "generator": torch.Generator().manual_seed(self.seed),
         }
+
+    def _warn_without_scheduler(self, trainer: Trainer) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(hasattr(callback, "batch_size_unit") for callback in callbacks):
+            rank_zero_warn(
+                f"`max_device_tokens={self.max_device_tokens}` does nothing without BatchLRScheduler among the callbacks, "
+                f"which cuts the steps: add `BatchLRScheduler(batch_size={self.batch_size})`"
+            )
 
     def _process(self) -> tuple[int, int]:
         return data_parallel(self.trainer) if self.trainer else (0, 1)

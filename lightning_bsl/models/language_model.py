@@ -205,7 +205,7 @@ class CausalLM(LightningModule):
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=NO_TARGET)
 
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 import itertools
 import math
@@ -29,7 +30,7 @@ class Stage:
         epochs: Its length in epochs.
         steps: Its length in optimizer steps.
         samples: Its length in examples; a short last batch of an epoch counts what it holds.
-        batch_size: Examples of one optimizer step.
+        batch_size: Of one optimizer step: its examples, or what a `Measure` counts of them.
         lr: Learning rate of its first step, ``None`` if left to the module.
         last_lr: Learning rate of its last step.
     """
@@ -62,8 +63,9 @@ class Run:
         start: The clock before the first step.
         steps: Optimizer steps.
         examples: Examples of all of them; fewer than ``steps * batch_size`` where the last is the epoch's short one.
-        batch_size: Examples of one optimizer step.
+        batch_size: Of one optimizer step: its examples, or what a `Measure` counts of them.
         every_step: Whether the learning rate changes at every step.
+        sizes: The examples of each step, where the batch size is no number of examples.
     """
 
     start: Progress
@@ -71,6 +73,31 @@ class Run:
     examples: int
     batch_size: int
     every_step: bool
+    sizes: tuple[int, ...] | None = None
+
+    def kinds(self) -> Iterator[tuple[int, int]]:
+        """The examples of a step, and how many steps have as many, one after another; none with no examples."""
+        rest = self.examples - (self.steps - 1) * self.batch_size
+        same = ((self.batch_size, self.steps - 1), (rest, 1)) if self.sizes is None else ((size, 1) for size in self.sizes)
+        return ((size, number) for size, number in same if size and number)
+
+    def examples_of(self, steps: int) -> int:
+        """Examples of the first ``steps`` steps."""
+        if self.sizes is not None:
+            return sum(self.sizes[:steps])
+        return min(steps * self.batch_size, self.examples)
+
+    def over(self, examples: int) -> Run:
+        """The first steps, over ``examples`` examples."""
+        steps = self.steps_over(examples)
+        return replace(self, steps=steps, examples=examples, sizes=None if self.sizes is None else self.sizes[:steps])
+
+    def steps_over(self, examples: int) -> int:
+        """The first steps that it takes to get over ``examples`` examples."""
+        if self.sizes is None:
+            return -(-examples // self.batch_size)
+        ends = list(itertools.accumulate(self.sizes))
+        return bisect.bisect_left(ends, examples) + 1 if examples > 0 else 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,15 @@ class Plan:
         """Examples in all."""
         return sum(stage.samples for stage in self.stages)
 
+    def runs_of_epochs(self) -> Iterator[tuple[Run, int]]:
+        """All runs, each with the examples of its epoch that lie before it."""
+        epoch, behind = -1, 0
+        for run in itertools.chain.from_iterable(self.runs):
+            if run.start.epoch != epoch:
+                epoch, behind = run.start.epoch, 0
+            yield run, behind
+            behind += run.examples
+
     def to_csv(self, path: str | Path) -> None:
         """Write one row per stage."""
         with open(path, "w", newline="") as file:
@@ -138,6 +174,21 @@ class Beside(NamedTuple):
         return min(kept) if self.mode == "min_size" else max(kept)
 
 
+class Measure(NamedTuple):
+    """What batch sizes count, where these are not examples: each example has its own number of it.
+
+    Args:
+        unit: Its name, such as tokens.
+        total: From an epoch to how much of it a pass has.
+        take: From an epoch, the examples of it that came before, and a batch size to the examples of the step: so many that
+            they have as much or more, or all that are left. 0 where these are left out.
+    """
+
+    unit: str
+    total: Callable[[int], float]
+    take: Callable[[int, int, int], int]
+
+
 # For an epoch whose batch size is asked once, at its start: a batch size to the epoch's optimizer steps and examples.
 EpochLength = Callable[[int], tuple[int, int]]
 _Cutter = Callable[[JointSchedule, Progress], list[Run]]
@@ -150,6 +201,7 @@ def runs(
     limit_batches: float = 1.0,
     drop_last: bool = False,
     beside: Beside = Beside(),  # noqa: B008 (immutable)
+    measure: Measure | None = None,
 ) -> list[Run]:
     """One epoch of ``num_examples`` examples from ``start``, in runs of equal steps.
 
@@ -160,11 +212,15 @@ def runs(
         limit_batches: As Lightning's ``limit_train_batches``: an ``int`` number of steps, or a fraction of them.
         drop_last: Whether a pass ends before a step that would be short.
         beside: Loaders that are trained on in the same steps.
+        measure: What batch sizes count, where these are not examples; not with other loaders. It answers for ``drop_last`` too.
 
     Raises:
         ValueError: A batch size above ``num_examples``, or an error of the schedule.
     """
-    found = _one_pass(schedule, start, num_examples, drop_last, None)
+    if measure is None:
+        found = _one_pass(schedule, start, num_examples, drop_last, None)
+    else:
+        found = _one_measured_pass(schedule, start, num_examples, measure)
     total = sum(run.steps for run in found)
     kept = beside.steps(total, limit_batches)
     if kept < 1:
@@ -203,6 +259,32 @@ def _one_pass(
     return found
 
 
+def _one_measured_pass(schedule: JointSchedule, progress: Progress, num_examples: int, measure: Measure) -> list[Run]:
+    found: list[Run] = []
+    total, behind, previous = measure.total(progress.epoch), 0, None
+    while behind < num_examples:
+        batch_size = size_at(schedule, progress, total, previous, measure.unit)
+        # a step has no more examples than tokens, so neither may change sooner than this says
+        until, every_step = schedule.lr_steps_to_change(progress, batch_size)
+        sizes: list[int] = []
+        clock, previous, ended = progress, batch_size, False
+        while len(sizes) < until and behind < num_examples:
+            if sizes and size_at(schedule, clock, total, batch_size, measure.unit) != batch_size:
+                break
+            size = measure.take(progress.epoch, behind, batch_size)
+            if not size:
+                ended = True
+                break
+            sizes.append(size)
+            behind, clock = behind + size, clock.advance(size)
+        if sizes:
+            found.append(Run(progress, len(sizes), sum(sizes), batch_size, every_step, tuple(sizes)))
+        if ended:
+            break
+        progress = clock
+    return found
+
+
 def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: int, length: EpochLength) -> list[Run]:
     """One epoch whose batch size is asked once, in runs of equal learning rate."""
     batch_size = schedule.batch_size_at(start)
@@ -222,22 +304,25 @@ def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: in
     return found
 
 
-def size_at(schedule: JointSchedule, progress: Progress, num_examples: int, previous: int | None) -> int:
+def size_at(
+    schedule: JointSchedule, progress: Progress, num_examples: float, previous: int | None, unit: str = "examples"
+) -> int:
     """The batch size of a step inside an epoch of ``num_examples`` examples.
 
     Args:
         schedule: Batch size and learning rate.
         progress: The clock before the step.
-        num_examples: Examples of the epoch.
+        num_examples: Examples of the epoch, or how much it has of what batch sizes count.
         previous: The batch size of the step before it in the epoch. Where a run ends inside an epoch, nobody takes the steps
             beyond its end, and the schedule need not have a value for them: then they keep the size of the last.
+        unit: What batch sizes count.
 
     Raises:
         ValueError: A batch size above ``num_examples``, or an error of the schedule.
     """
     try:
         batch_size = schedule.batch_size_at(progress)
-        check_fits(batch_size, num_examples, progress)
+        check_fits(batch_size, num_examples, progress, unit)
     except ValueError:
         if previous is None or not progress.horizon.ends_before(progress):
             raise
@@ -245,12 +330,12 @@ def size_at(schedule: JointSchedule, progress: Progress, num_examples: int, prev
     return batch_size
 
 
-def check_fits(batch_size: int, num_examples: int, progress: Progress) -> None:
-    """Raise ``ValueError`` if a batch holds more examples than an epoch."""
+def check_fits(batch_size: int, num_examples: float, progress: Progress, unit: str = "examples") -> None:
+    """Raise ``ValueError`` if a batch holds more examples, or more of what batch sizes count, than an epoch."""
     if batch_size > num_examples:
         raise ValueError(
             f"the batch size is {batch_size} at epoch={progress.epoch}, step={progress.step}, but an epoch has only "
-            f"{num_examples} examples; write smaller batch sizes, or give them a `maximum` of {num_examples} or less"
+            f"{num_examples:.10g} {unit}; write smaller batch sizes, or give them a `maximum` of {num_examples:.10g} or less"
         )
 
 
@@ -261,7 +346,8 @@ def _cut(found: list[Run], steps: int) -> list[Run]:
         if steps <= 0:
             break
         if run.steps > steps:
-            run = replace(run, steps=steps, examples=min(steps * run.batch_size, run.examples))
+            sizes = None if run.sizes is None else run.sizes[:steps]
+            run = replace(run, steps=steps, examples=run.examples_of(steps), sizes=sizes)
         kept.append(run)
         steps -= run.steps
     return kept
@@ -279,6 +365,7 @@ def plan(
     drop_last: bool = False,
     beside: Beside = Beside(),  # noqa: B008 (immutable)
     epoch_length: EpochLength | None = None,
+    measure: Measure | None = None,
 ) -> Plan:
     """What ``schedule`` does to ``num_examples`` examples an epoch, until the first horizon given is reached.
 
@@ -296,6 +383,7 @@ def plan(
         beside: Loaders that are trained on in the same steps.
         epoch_length: Where the batch size can change only between epochs: the optimizer steps and the examples of an epoch,
             for a batch size. It then answers for ``limit_batches``, ``drop_last`` and ``beside`` too.
+        measure: What batch sizes count, where these are not examples.
 
     Raises:
         ValueError: No horizon at all, a horizon below 1, a batch size below 1 or above ``num_examples``, a learning rate
@@ -315,7 +403,8 @@ def plan(
     if epoch_length is not None:
         cut: _Cutter = partial(_runs_of_one_size, num_examples=num_examples, length=epoch_length)
     else:
-        cut = partial(runs, num_examples=num_examples, limit_batches=limit_batches, drop_last=drop_last, beside=beside)
+        options = {"limit_batches": limit_batches, "drop_last": drop_last, "beside": beside, "measure": measure}
+        cut = partial(runs, num_examples=num_examples, **options)  # type: ignore[arg-type]
         # the int 1 is one step
         whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0 and not (drop_last or beside.lengths)
         if epochs is not None and steps is None and samples is None and whole_epochs:
@@ -366,7 +455,7 @@ def _until(schedule: JointSchedule, cut: _Cutter, progress: Progress, end: Horiz
             if end.step is not None:
                 steps = min(steps, end.step - run.start.step)
             if end.samples is not None:
-                steps = min(steps, -(-(end.samples - run.start.samples) // run.batch_size))
+                steps = min(steps, run.steps_over(end.samples - run.start.samples))
             for kept in _cut([run], steps):
                 yield kept, progress.epoch + behind / examples, kept.examples / examples
                 behind += kept.examples
@@ -381,7 +470,7 @@ def _rates(schedule: JointSchedule, run: Run) -> tuple[float | None, float | Non
     last = run.steps - 1
 
     def rate(step: int) -> float | None:
-        return schedule.lr_at(run.start.advance(min(step * run.batch_size, run.examples), step), run.batch_size)
+        return schedule.lr_at(run.start.advance(run.examples_of(step), step), run.batch_size)
 
     if not run.every_step or isinstance(schedule.lr, Schedule):
         return rate(0), rate(last), run.every_step

@@ -14,6 +14,7 @@ BOUNDS = {
     "callback": ["FashionMNIST/8", "Digits/8", "Digits/8/loss_terms"],
     "switch": ["epoch_end", "inside_epoch"],
     "noise_scale": ["FashionMNIST/8"],
+    "lengths": ["by_length_over_by_number"],
     "gradient_norm": ["fashion_mnist/over_bare", "fashion_mnist/torchvision_over_ours"],
     "train": ["fashion_mnist/over_the_papers_way"],
     "population": ["2/1", "2/12"],
