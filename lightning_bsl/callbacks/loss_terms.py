@@ -173,11 +173,16 @@ class LossTerms:
         """What the mean loss of the current micro-batch is multiplied by, where processes are averaged."""
         return self.piece * self.processes / self._unit if self.piece else 0.0
 
-    @property
-    def local_factor(self) -> float:
-        """What the weighed losses of this process are multiplied by to be a mean."""
-        trained = sum(self._trained.values()) * self.processes
-        return self._unit / trained if trained else 0.0
+    def mean_with(self, mean: Tensor | None, loss: Tensor) -> Tensor:
+        """The mean loss over what this process has trained of the step, the current micro-batch included.
+
+        Args:
+            mean: Without it; ``None`` before the first.
+            loss: Of the current micro-batch.
+        """
+        if not self.piece:  # over nothing it may be NaN
+            return torch.zeros_like(loss) if mean is None else mean
+        return loss if mean is None else mean + (loss - mean) * (self.piece / sum(self._trained.values()))
 
     @property
     def trained(self) -> bool:

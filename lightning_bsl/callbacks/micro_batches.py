@@ -464,12 +464,11 @@ class MemoryCeiling(StepSplitter):
             part_loss = train(piece, i == 0 and not trial, not trial and self.last)
             if part_loss is not None:
                 if self.terms is not None:
-                    # of nothing it may be NaN
-                    part_loss = part_loss * self.terms.weight if self.terms.weight else torch.zeros_like(part_loss)
-                elif self.split:
-                    part_loss = part_loss * (self.micro_batch / max(1, share))
+                    loss = self.terms.mean_with(loss, part_loss)
+                    continue
+                part_loss = part_loss * (self.micro_batch / max(1, share)) if self.split else part_loss
                 loss = part_loss if loss is None else loss + part_loss
-        return loss if loss is None or trial else loss * (self.correction if self.terms is None else self.terms.local_factor)
+        return loss if loss is None or trial or self.terms is not None else loss * self.correction
 
 
 def _warn_of(size: int, longest: float | None) -> None:

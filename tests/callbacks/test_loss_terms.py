@@ -106,6 +106,20 @@ def test_the_smallest_input() -> None:
         assert model.gradients == [1.75]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (6, 0, 1, 4), (0, 6), (6, 7)])
+@pytest.mark.filterwarnings("ignore:out of memory with micro-batches")
+def test_the_loss_of_a_step_whose_memory_ran_out(order: tuple[int, ...]) -> None:
+    class Notes(Slope):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.losses.append(outputs["loss"].item())
+
+    model = Notes(memory=1, lr=0.0)
+    model.losses = []
+    nn.init.ones_(model.weight)
+    fit(model, rows(*order), BatchLRScheduler(len(order), max_device_batch_size="auto"), max_epochs=1)
+    assert model.losses == pytest.approx([gradients(len(order), *order)[0] or 0.0])
+
+
 class Rows(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(TensorDataset(ROWS[:7].double()))
