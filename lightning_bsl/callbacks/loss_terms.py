@@ -81,9 +81,9 @@ class LossTerms:
         >>> terms.begin(examples=2, split=True)
         >>> weights = []
         >>> for part, batch in enumerate([[1.0], [2.0, 2.0, 2.0]]):
-        ...     terms.begin_piece(part, batch, examples=1)
+        ...     terms.begin_piece(batch, examples=1)
         ...     weights.append(terms.weight)
-        ...     terms.note_backward()
+        ...     terms.note_backward(part)
         >>> [weight * terms.factor() for weight in weights]
         [0.25, 0.75]
     """
@@ -100,7 +100,7 @@ class LossTerms:
         self.piece = 0.0  # terms of the current micro-batch
         self.processes = processes
         self._count, self._total, self._at_once, self._multiply = count, total, at_once, multiply
-        self._examples, self._part, self._whole = 0, 0, True
+        self._examples, self._whole = 0, True
         self._unit = 0.0
         self._trained: dict[int, float] = {}  # by micro-batch: a closure may be called several times
 
@@ -138,15 +138,14 @@ class LossTerms:
         self._whole = not split and self.processes == 1  # then nothing is weighed
         self._trained.clear()
 
-    def begin_piece(self, part: int, batch: Any, examples: int) -> None:
+    def begin_piece(self, batch: Any, examples: int) -> None:
         """Begin a micro-batch.
 
         Args:
-            part: Its index in the step.
             batch: The batch; ``None`` where there is nothing to train.
             examples: Examples of it.
         """
-        self._part, self.piece = part, 0.0 if batch is None else self._count(batch)
+        self.piece = 0.0 if batch is None else self._count(batch)
         if self._whole:
             self._unit = self.piece
         elif self._at_once:
@@ -189,9 +188,9 @@ class LossTerms:
         """Whether this process has trained any term of the step."""
         return any(self._trained.values())
 
-    def note_backward(self) -> None:
-        """The current micro-batch has a loss."""
-        self._trained[self._part] = self.piece
+    def note_backward(self, part: int) -> None:
+        """The current micro-batch, of index ``part`` in the step, has a loss."""
+        self._trained[part] = self.piece
 
     def factor(self) -> float:
         """What the weighed gradients are multiplied by to be a mean over the terms that were trained; 0 where there are none.

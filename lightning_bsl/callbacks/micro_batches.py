@@ -182,7 +182,7 @@ class StepSplitter:
             self.watch(batch, self.split)
         if self.terms is not None:
             # a process without a share only keeps the others company
-            self.terms.begin_piece(self.part, batch if self.micro_batch or not self.examples else None, self.micro_batch)
+            self.terms.begin_piece(batch if self.micro_batch or not self.examples else None, self.micro_batch)
 
     def _count_examples(self, examples: int | None) -> None:
         del self._counts[self.part :]
@@ -194,7 +194,7 @@ class StepSplitter:
         self._with_loss.add(self.part)
         self._divided.clear()
         if self.terms is not None:
-            self.terms.note_backward()
+            self.terms.note_backward(self.part)
 
     def correct(self, optimizer: Optimizer, scaler: Any = None) -> None:
         """Make the gradient the mean over what was trained; before clipping.

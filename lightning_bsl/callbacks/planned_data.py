@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from lightning_bsl.callbacks.by_length import check_tokens, cuts_by_length, lengths_of
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.loaders import REMEDY, Ask, Asks, Epoch, as_combined, limit_of, obstacle, size_of
 from lightning_bsl.callbacks.loop import end_workers
 from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
-from lightning_bsl.data.datamodule import BatchSizeDataModule, data_parallel
-from lightning_bsl.data.lengths import Lengths
+from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.orders import SamplerOrder, order_of
 from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, Permutation, remade, share_of
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
@@ -87,10 +87,11 @@ class PlannedData:
         cycles = len(flat) > 1 and given._mode == "max_size_cycle"
         make = partial(self._sampler_of, made_at=made_at, cycles=cycles)
         scheduled = make(flat[self.index], batch_size, self._done, self.cut)
-        scheduled.lengths = self.lengths = self._lengths_of(flat[self.index])
-        scheduled.cut = self.cut = replace(self.cut, by_length=self._cuts_by_length(scheduled.order))
+        scheduled.lengths = self.lengths = lengths_of(self._datamodule, flat[self.index])
+        by_length = cuts_by_length(self.lengths, scheduled.order, self.cut, isinstance(self._splitter, MemoryCeiling))
+        scheduled.cut = self.cut = replace(self.cut, by_length=by_length)
         if self._in_tokens:
-            self._check_tokens(scheduled.order, len(flat))
+            check_tokens(self.lengths, scheduled.order, self.cut, len(flat))
             scheduled.in_tokens = True
         self.measure = scheduled.measure
         processes = self.cut.world_size
@@ -134,73 +135,6 @@ class PlannedData:
             as_tensors=getattr(loader.dataset, "takes_tensors", False),
             cycles=cycles,
         )
-
-    def _lengths_of(self, loader: DataLoader[Any]) -> Lengths | None:
-        """The lengths of the scheduled loader's examples: its sampler has them, or the DataModule that it is of."""
-        if isinstance(loader.batch_sampler, GlobalBatchSampler):
-            return loader.batch_sampler.lengths
-        own = self._datamodule if isinstance(self._datamodule, BatchSizeDataModule) else None
-        if own is None or (own.lengths is None and own.max_device_tokens is None):
-            return None
-        if loader.dataset is own.train_set:
-            return own.known_lengths()
-        raise MisconfigurationException(
-            "`lengths` are those of the DataModule's `train_set`, but its `train_dataloader` gives a loader over another data "
-            "set: give the data set as `train`, or set it as `train_set` in `setup`; or leave `lengths` out"
-        )
-
-    def _cuts_by_length(self, order: Any) -> bool:
-        """Whether steps are dealt and cut by length."""
-        if self.lengths is None:
-            return False
-        tokens, ahead = self.lengths.max_device_tokens, isinstance(order, Permutation)
-        whole = isinstance(self._splitter, MemoryCeiling)  # then the loader gives whole steps
-        if ahead and (whole or tokens or self.cut.max_device_batch_size or self.cut.world_size > 1):
-            _ = self.lengths.values  # the errors of lengths that are needed come now
-        if tokens is None:
-            return ahead and not whole and self.cut.accumulate == 1
-        bound = f"`max_device_tokens={tokens}`"
-        if whole:
-            raise MisconfigurationException(
-                f"{bound} and `max_device_batch_size='auto'` both say how much of a step goes through the model at once: leave "
-                "`max_device_tokens` out to have it found, or `max_device_batch_size` to have it as you say"
-            )
-        if self.cut.accumulate > 1:
-            raise MisconfigurationException(
-                f"`accumulate_grad_batches={self.cut.accumulate}` and {bound} both say how a step is cut. Write "
-                "`accumulate_grad_batches=1`"
-            )
-        if not ahead:
-            raise MisconfigurationException(
-                f"the training loader has a sampler of its own, so it is not known ahead which examples {bound} puts together: "
-                "use `shuffle` in the place of the sampler, or leave `max_device_tokens` out"
-            )
-        return True
-
-    def _check_tokens(self, order: Any, loaders: int) -> None:
-        """Refuse batch sizes in tokens where it is not known ahead how many examples they are."""
-        remedy = 'or leave out `batch_size_unit="tokens"` and write batch sizes in examples'
-        if self.lengths is None:
-            raise MisconfigurationException(
-                '`batch_size_unit="tokens"` needs the length of each training example: give '
-                f"`BatchSizeDataModule(lengths=...)`, or a data set with an attribute `lengths` in one; {remedy}"
-            )
-        if loaders > 1:
-            raise MisconfigurationException(
-                f'`batch_size_unit="tokens"` with {loaders} training loaders: how many steps an epoch has is not known ahead. '
-                f"Give one loader, {remedy}"
-            )
-        if not isinstance(order, Permutation):
-            raise MisconfigurationException(
-                "the training loader has a sampler of its own, so it is not known ahead how many tokens each step has: use "
-                f"`shuffle` in the place of the sampler, {remedy}"
-            )
-        if self.cut.accumulate > 1:
-            raise MisconfigurationException(
-                f'`accumulate_grad_batches={self.cut.accumulate}` with `batch_size_unit="tokens"`: the batch size is already '
-                "that of a whole step. Write `accumulate_grad_batches=1`"
-            )
-        _ = self.lengths.values  # their errors come now
 
     def epoch(self, trainer: Trainer) -> Epoch | None:
         """Everything is known, unless a loader beside has no end."""

@@ -851,9 +851,9 @@ def test_weights_are_shares_of_the_terms(counts: list[list[int]], processes: int
         terms.begin(len(step) * processes, split=len(step) > 1)
         weights.clear()
         for part, number in enumerate(step):
-            terms.begin_piece(part, number, examples=1)
+            terms.begin_piece(number, examples=1)
             weights.append(terms.weight)
-            terms.note_backward()
+            terms.note_backward(part)
         factor = terms.factor()
         if not sum(step):
             assert factor == 0
