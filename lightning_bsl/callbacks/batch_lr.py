@@ -296,7 +296,7 @@ class BatchLRScheduler(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave out what a loss over nothing has added."""
-        self._fit.after_backward.close()
+        self._fit.backward_is_over()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Make the gradient the mean over what was trained."""

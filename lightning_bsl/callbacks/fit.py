@@ -44,7 +44,7 @@ class Fit:
         in_tokens: Whether batch sizes are in tokens.
         first_batch: Whether the first batch is still to come.
         resumed: What the checkpoint says that it goes on from.
-        after_backward: Closed after the backward pass under way.
+        after_backward: To be closed after the backward pass under way.
         clip: The ``gradient_clip_val`` of the Trainer, while a step is not clipped.
         late: Whether a step is taken that Lightning has left out.
     """
@@ -57,7 +57,7 @@ class Fit:
     in_tokens: bool = False
     first_batch: bool = True
     resumed: Resumed | None = None
-    after_backward: ExitStack = field(default_factory=ExitStack)
+    after_backward: ExitStack | None = None
     clip: Any = None
     late: bool = False
 
@@ -132,9 +132,15 @@ class Fit:
         if self.clip is not None:
             trainer.gradient_clip_val, self.clip = self.clip, None
 
+    def backward_is_over(self) -> None:
+        """Put back what was changed for one backward pass."""
+        if self.after_backward is not None:
+            self.after_backward.close()
+            self.after_backward = None
+
     def end(self) -> None:
         """Put everything back."""
-        self.after_backward.close()
+        self.backward_is_over()
         self.undo.close()
         self.active = False
 
