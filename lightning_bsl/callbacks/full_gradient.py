@@ -21,7 +21,7 @@ from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.loaders import as_combined
 from lightning_bsl.callbacks.loop import end_workers, to_device
-from lightning_bsl.callbacks.loss_terms import count_terms, has_loss_terms
+from lightning_bsl.callbacks.loss_terms import terms_or_examples
 from lightning_bsl.callbacks.micro_batches import cut, halved_to_fit
 from lightning_bsl.callbacks.snapshot import Snapshot
 from lightning_bsl.data.datamodule import data_parallel
@@ -142,7 +142,6 @@ class FullGradientMeasurer:
     ) -> float:
         """Add a batch's loss and gradients, both times its terms (its examples unless told otherwise); return these."""
         mean_loss = getattr(module, "full_loss", None) or partial(training_loss, module)
-        counted = has_loss_terms(module)
         done, added = 0, 0.0
 
         def add(size: int) -> None:
@@ -150,7 +149,7 @@ class FullGradientMeasurer:
             while done < count:
                 examples = min(size, count - done)
                 part = batch if examples == count else cut(batch, done, examples, count)
-                terms = count_terms(module, part) if counted else examples
+                terms = terms_or_examples(module, part, examples)
                 if terms:  # else the loss is a mean over nothing
                     part_loss = mean_loss(part)
                     gradients = torch.autograd.grad(part_loss, parameters, allow_unused=True)

@@ -22,7 +22,7 @@ from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.full_gradient import training_loss, undisturbed
 from lightning_bsl.callbacks.loaders import batch_counts
 from lightning_bsl.callbacks.loop import logged_at, writes_step
-from lightning_bsl.callbacks.loss_terms import count_terms, has_loss_terms
+from lightning_bsl.callbacks.loss_terms import has_loss_terms, terms_or_examples
 from lightning_bsl.callbacks.micro_batches import MicroBatch, cut, is_out_of_memory
 from lightning_bsl.theory.noise_scale import Estimate, MovingAverage, Pieces, estimate
 
@@ -276,7 +276,7 @@ class GradientNoiseScale(Callback):
             return scheduler.micro_batch
         assert self._counts is not None
         examples = self._counts(step.batch_idx)
-        terms = count_terms(module, step.batch) if has_loss_terms(module) else examples
+        terms = terms_or_examples(module, step.batch, examples)
         return MicroBatch(examples, 1 / trainer.accumulate_grad_batches, terms)
 
     def _measure_half(self, trainer: Trainer, module: LightningModule, piece: MicroBatch, sq_norm: float) -> None:
@@ -293,7 +293,7 @@ class GradientNoiseScale(Callback):
                 f"dimension are its {examples} examples: write `extra_every=None`, and train in micro-batches or in several "
                 "processes, or leave it out"
             ) from error
-        half_piece = MicroBatch(half, 1.0, count_terms(module, part) if has_loss_terms(module) else half)
+        half_piece = MicroBatch(half, 1.0, terms_or_examples(module, part, half))
         if not 0 < half_piece.terms < piece.terms:
             return  # one of the halves has nothing to train
         try:

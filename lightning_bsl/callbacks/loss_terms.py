@@ -57,6 +57,11 @@ def count_terms(module: LightningModule, batch: Any) -> float:
     return number
 
 
+def terms_or_examples(module: LightningModule, batch: Any, examples: int) -> float:
+    """The terms of a batch where the module counts them, else its examples."""
+    return count_terms(module, batch) if has_loss_terms(module) else examples
+
+
 class LossTerms:
     """The terms of the step under way: what each micro-batch's mean loss counts for, and what their sum is divided by.
 
@@ -156,8 +161,8 @@ class LossTerms:
                 self._unit = self._expected(each)
         elif not self._unit:
             self._unit = self._expected(self.piece / max(1, examples)) if self.piece else 0.0
-        elif (sum(self._trained.values()) + self.piece) > 2 * self._unit:
-            shrink = 2.0 ** math.ceil(math.log2((sum(self._trained.values()) + self.piece) / self._unit))
+        elif (terms := sum(self._trained.values()) + self.piece) > 2 * self._unit:
+            shrink = 2.0 ** math.ceil(math.log2(terms / self._unit))
             self._unit *= shrink
             if self._multiply is not None:
                 self._multiply(1 / shrink)

@@ -23,7 +23,7 @@ from lightning_bsl.callbacks.loop import end_workers
 from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.orders import SamplerOrder, order_of
-from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, Permutation, remade, share_of
+from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, Permutation, part_size, remade, share_of
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
 from lightning_bsl.schedules.functions import Function
 from lightning_bsl.schedules.plan import Beside, Run
@@ -179,7 +179,7 @@ class PlannedData:
             # a process without a share repeats the first example
             return Parts(longest=tuple(float((share if len(share) else lengths[:1]).max()) for share in shares))
         parts = sampler.parts(epoch, start, examples, batch_size, sampler.cycle)
-        stops = [*accumulate(part.stop - part.start if isinstance(part, slice) else len(part) for part in parts)]
+        stops = [*accumulate(map(part_size, parts))]
         return Parts(tuple(map(slice, [0, *stops], stops)))
 
     def most_batches(self, batch_size: int) -> int:
@@ -202,7 +202,7 @@ class PlannedData:
         for examples, number in run.kinds():
             for _ in range(number):
                 parts = self.sampler.parts(run.start.epoch, start, examples, run.batch_size)
-                yield examples, [part.stop - part.start if isinstance(part, slice) else len(part) for part in parts]
+                yield examples, [part_size(part) for part in parts]
                 start += examples
 
     def count(self) -> None:

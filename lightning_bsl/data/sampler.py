@@ -67,6 +67,11 @@ def micro_batches(
     return tuple(slice(start, stop) for start, stop in pairwise(cuts))
 
 
+def part_size(part: Any) -> int:
+    """Examples of a part of a step: a slice of it, or positions in it."""
+    return part.stop - part.start if isinstance(part, slice) else len(part)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a step is cut over the processes that share it, and into micro-batches.

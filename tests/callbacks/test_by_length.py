@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 from harness.cases import GROWING, SHRINKING
 from harness.data import own
 from harness.files import flat
 from harness.fits import fit, out_of_memory, trained
 from harness.loops import whole_steps
-from harness.modules import assert_close, equal, filled
+from harness.modules import assert_close, equal
 from harness.processes import Pair
+from harness.sentences import Predictor, Sentences, pad, train_sentences_by_hand
 from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts
 from lightning_bsl.data.sampler import Cut
@@ -29,27 +30,7 @@ from lightning_bsl.schedules import Milestones
 N, LONGEST, BOUND = 61, 12, 24
 
 
-class Sentences(Dataset[Any]):
-    """Tokens of uneven lengths."""
-
-    def __init__(self, number: int = N) -> None:
-        generator = torch.Generator().manual_seed(2)
-        self.sizes = torch.randint(2, LONGEST + 1, (number,), generator=generator)
-        self.tokens = [torch.randint(1, 12, (int(size),), generator=generator) for size in self.sizes]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.tokens[index], index
-
-
-SENTENCES = Sentences()
-
-
-def pad(examples: list[Any]) -> Any:
-    tokens = nn.utils.rnn.pad_sequence([tokens for tokens, _ in examples], batch_first=True)
-    return {"tokens": tokens, "index": torch.tensor([i for _, i in examples])}
+SENTENCES = Sentences(LONGEST)
 
 
 def data(number: int | None = None, **options: Any) -> BatchSizeDataModule:
@@ -57,8 +38,8 @@ def data(number: int | None = None, **options: Any) -> BatchSizeDataModule:
     return own(SENTENCES, samples_per_epoch=number, **options)
 
 
-class Words(LightningModule):
-    """Predicts the next token from the one before, in float64; the loss is a mean over tokens.
+class Words(Predictor):
+    """The loss is a mean over tokens.
 
     Args:
         dropout: Probability.
@@ -66,9 +47,8 @@ class Words(LightningModule):
     """
 
     def __init__(self, dropout: float = 0.0, memory: float = 10**6) -> None:
-        super().__init__()
-        self.net = filled(nn.Sequential(nn.Embedding(12, 4), nn.Tanh(), nn.Linear(4, 12)).double())
-        self.drop, self.memory = nn.Dropout(dropout), memory
+        super().__init__(dropout)
+        self.memory = memory
         self.journal: list[tuple[int, list[int]]] = []  # steps before, and the examples
         self.failures: list[int] = []
         self.announced: list[Any] = []
@@ -78,10 +58,9 @@ class Words(LightningModule):
 
     def losses(self, batch: Any) -> Tensor:
         """Of each token, 0 for padding."""
-        tokens = batch["tokens"]
-        logits = self.drop(self.net(tokens))
-        losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-        return losses * (tokens[:, 1:] > 0)
+        tokens = batch["tokens"][:, 1:]
+        losses = nn.functional.cross_entropy(self.logits(batch).transpose(1, 2), tokens, reduction="none")
+        return losses * (tokens > 0)
 
     def loss(self, batch: Any) -> Tensor:
         return self.losses(batch).sum() / self.loss_terms(batch)
@@ -97,9 +76,6 @@ class Words(LightningModule):
     def loss_terms(self, batch: Any) -> Any:
         return (batch["tokens"][:, 1:] > 0).sum()
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.net.parameters(), lr=0.3, momentum=0.9)
-
 
 class Documents(Words):
     """The loss is a mean over examples: each has the mean over its tokens."""
@@ -111,15 +87,7 @@ class Documents(Words):
 
 
 def by_hand(model: Words, steps: Any, clip: float | None = None) -> Words:
-    """Whole steps, in plain PyTorch."""
-    optimizer = model.configure_optimizers()
-    for step in steps:
-        optimizer.zero_grad()
-        model.loss(pad([SENTENCES[i] for i in step])).backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    return model
+    return train_sentences_by_hand(model, SENTENCES, steps, clip)
 
 
 def steps_of(schedule: Any, epochs: int = 2) -> list[list[int]]:
@@ -263,7 +231,7 @@ class Plain(BatchSizeDataModule):
 
 class Elsewhere(BatchSizeDataModule):
     def train_dataloader(self) -> Any:
-        return DataLoader(Sentences(30), batch_size=4, shuffle=True, collate_fn=pad)
+        return DataLoader(Sentences(LONGEST, 30), batch_size=4, shuffle=True, collate_fn=pad)
 
 
 LENGTHS: dict[str, Any] = {"lengths": SENTENCES.sizes, "max_device_tokens": BOUND}
@@ -411,7 +379,7 @@ def test_one_long_example_does_not_halve_the_rest() -> None:
         """The longest comes in the first step."""
 
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(LONGEST)
             self.sizes = torch.full((N,), 3)
             self.sizes[0] = 48
             self.tokens = [torch.ones(int(size), dtype=torch.int64) for size in self.sizes]

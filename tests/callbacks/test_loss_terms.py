@@ -19,15 +19,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from harness.cases import GROWING, SHRINKING
 from harness.data import Stranger, own
 from harness.files import flat
 from harness.fits import fit, out_of_memory, trained
 from harness.loops import whole_steps
-from harness.modules import assert_close, equal, filled
+from harness.modules import assert_close, equal
 from harness.processes import Pair
+from harness.sentences import Predictor, Sentences, pad, train_sentences_by_hand
 from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, FullGradientNorm, GradientNoiseScale, NoiseScaleTrigger
 from lightning_bsl.callbacks.loss_terms import LossTerms
 
@@ -411,28 +412,8 @@ def test_a_noise_scale_in_terms_is_no_batch_size() -> None:
 # --- a language model
 
 
-class Sentences(Dataset[Any]):
-    """Tokens of uneven lengths."""
-
-    def __init__(self, number: int = 61, longest: int = 9) -> None:
-        generator = torch.Generator().manual_seed(2)
-        lengths = torch.randint(2, longest + 1, (number,), generator=generator)
-        self.tokens = [torch.randint(1, 12, (int(length),), generator=generator) for length in lengths]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.tokens[index], index
-
-
-def pad(examples: list[Any]) -> Any:
-    tokens = nn.utils.rnn.pad_sequence([tokens for tokens, _ in examples], batch_first=True)
-    return {"tokens": tokens, "labels": tokens.where(tokens > 0, -100), "index": torch.tensor([i for _, i in examples])}
-
-
-class Words(LightningModule):
-    """Predicts the next token from the one before, in float64.
+class Words(Predictor):
+    """The loss is a mean over tokens.
 
     Args:
         dropout: Probability.
@@ -440,14 +421,12 @@ class Words(LightningModule):
     """
 
     def __init__(self, dropout: float = 0.0, memory: int = 99) -> None:
-        super().__init__()
-        self.net = filled(nn.Sequential(nn.Embedding(12, 4), nn.Tanh(), nn.Linear(4, 12)).double())
-        self.drop, self.memory = nn.Dropout(dropout), memory
+        super().__init__(dropout)
+        self.memory = memory
         self.sizes: list[int] = []
 
     def loss(self, batch: Any) -> Tensor:
-        logits = self.drop(self.net(batch["tokens"]))
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        return nn.functional.cross_entropy(self.logits(batch).flatten(0, 1), batch["labels"][:, 1:].flatten())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.training:
@@ -459,23 +438,13 @@ class Words(LightningModule):
     def loss_terms(self, batch: Any) -> Tensor:
         return (batch["labels"][:, 1:] != -100).sum()
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.net.parameters(), lr=0.3, momentum=0.9)
 
-
-SENTENCES = Sentences()
+SENTENCES = Sentences(longest=9)
 
 
 def by_hand(model: Words, schedule: Any, clip: float | None, epochs: int = 2) -> Words:
-    """Whole steps, in plain PyTorch."""
-    optimizer = model.configure_optimizers()
-    for step in flat(whole_steps(schedule, len(SENTENCES), epochs)):
-        optimizer.zero_grad()
-        model.loss(pad([SENTENCES[i] for i in step])).backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    return model
+    steps = flat(whole_steps(schedule, len(SENTENCES), epochs))
+    return train_sentences_by_hand(model, SENTENCES, steps, clip)
 
 
 @settings(max_examples=12)
