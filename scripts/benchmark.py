@@ -37,13 +37,13 @@ from torchvision import datasets
 from torchvision import transforms as T
 
 from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
-from lightning_bsl.data import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors, TextFolder
-from lightning_bsl.data.image import identity
+from lightning_bsl.app.train import train as train_as_configured
+from lightning_bsl.datasets import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors, TextFolder
+from lightning_bsl.datasets.image import identity
 from lightning_bsl.models import CausalLM, Classifier, cnn5, distilgpt2
 from lightning_bsl.population import Grid, run_grid
 from lightning_bsl.population.grid import fitting, replica_bytes
 from lightning_bsl.schedules import Milestones
-from lightning_bsl.training import train as train_as_configured
 
 BATCH_SIZES = (128, 1024, 4096)
 TOY_BATCH_SIZES = (16,)

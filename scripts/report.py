@@ -1,54 +1,6 @@
-"""Compare finished runs: `python scripts/report.py multirun/DATE/TIME` writes a page, figures and a CSV file."""
+"""`bsl-report` from a clone: `python scripts/report.py`."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
-
-from lightning_bsl.report import default_baseline, find_runs, group_runs, logged_metrics, parse_target, write_report
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read runs, compare them, write the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="where to look for runs, however deep")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; `report` in the first folder by default")
-    parser.add_argument("--baseline", metavar="GROUP", help="the group to compare with; by default the first of constant batch")
-    parser.add_argument(
-        "--target",
-        action="append",
-        default=[],
-        metavar="METRIC=VALUE",
-        help="a value to reach, as in val/accuracy=0.9; repeatable",
-    )
-    given = parser.parse_args(arguments)
-    if find_spec("matplotlib") is None:
-        parser.error("figures need matplotlib: pip install 'lightning_bsl[report]'")
-    try:
-        targets = [parse_target(text) for text in given.target]
-        found = find_runs(given.folders)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    groups = group_runs(found.runs)
-    names = [group.name for group in groups]
-    if given.baseline not in (None, *names):
-        parser.error(f"--baseline {given.baseline!r}: no such group; there are {', '.join(map(repr, names))}")
-    baseline = next((group for group in groups if group.name == given.baseline), default_baseline(groups))
-    metrics = logged_metrics(groups)
-    if unknown := [target.metric for target in targets if target.metric not in metrics]:
-        parser.error(f"--target {unknown[0]}: no run logs it; logged are {', '.join(metrics)}")
-    out = given.out or Path(given.folders[0]) / "report"
-    if out.exists() and not out.is_dir():
-        parser.error(f"--out {out}: not a folder")
-    files = write_report(found, groups, baseline, out, targets)
-    unfinished = sum(len(group.unfinished) for group in groups)
-    rest = [f"{unfinished} unfinished"] if unfinished else []
-    rest += [f"{len(found.without)} without metrics: {', '.join(name for name, _ in found.without)}"] if found.without else []
-    print(f"runs: {len(found.runs)}, groups: {len(groups)}{''.join(f'; {each}' for each in rest)}")
-    print(f"{out}: {', '.join(file.name for file in files[:2])}, {len(files) - 2} figures")
-
+from lightning_bsl.app.report import main
 
 if __name__ == "__main__":
     main()

@@ -114,7 +114,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     Its figures are empty files: to draw them takes longer than such a run, and tests/report does it.
     """
     monkeypatch.chdir(tmp_path)
-    for name in ("training.plot_run", "report.plot_plan", "report.plot_comparison"):
+    for name in ("app.train.plot_run", "app.plan.plot_plan", "app.plan.plot_comparison"):
         monkeypatch.setattr(f"lightning_bsl.{name}", lambda _, path, *__: Path(path).touch())
 
     def run_in(script: str, *overrides: str, folder: Path, fails: bool = False) -> Printed:

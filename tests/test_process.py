@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from harness.configs import compose_config
-from lightning_bsl.training import train
+from lightning_bsl.app.train import train
 
 
 def test_a_run_leaves_no_warning_filter(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_an_import_replaces_nothing() -> None:
     code = (
         "import warnings\nfrom omegaconf import OmegaConf\nimport lightning.pytorch, torchvision\n"
         "OmegaConf.register_new_resolver('mul', lambda x: 'theirs')\nfilters = [*warnings.filters]\n"
-        "import lightning_bsl.experiment\nassert OmegaConf.create({'a': '${mul:1}'}).a == 'theirs'\n"
+        "import lightning_bsl.app.compose\nassert OmegaConf.create({'a': '${mul:1}'}).a == 'theirs'\n"
         "assert warnings.filters == filters"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

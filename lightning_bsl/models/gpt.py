@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_bsl.hub import check_reachable, text_library
+from lightning_bsl.datasets.hub import check_reachable, text_library
 
 HUB_NAME = "distilbert/distilgpt2"
 

@@ -1,10 +1,22 @@
-"""Thousands of small runs at once: the grids of learning rates and batch sizes of P4 (arXiv 2405.14578)."""
+"""Thousands of small runs at once: grids of learning rates and batch sizes as of Li et al. 2024, arXiv 2405.14578."""
 
-from lightning_bsl.population.data import PopulationData, PopulationSampler
-from lightning_bsl.population.grid import Grid, read_outcomes, run_grid
-from lightning_bsl.population.module import Outcome, Population
-from lightning_bsl.population.optimizer import PopulationAdam
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from lightning_bsl.population.analysis import Surge, analyse_surge
+    from lightning_bsl.population.data import PopulationData, PopulationSampler
+    from lightning_bsl.population.grid import Grid, read_outcomes, run_grid
+    from lightning_bsl.population.module import Outcome, Population
+    from lightning_bsl.population.optimizer import PopulationAdam
+
+_HOMES = {
+    "analysis": ("Surge", "analyse_surge"),
+    "data": ("PopulationData", "PopulationSampler"),
+    "grid": ("Grid", "read_outcomes", "run_grid"),
+    "module": ("Outcome", "Population"),
+    "optimizer": ("PopulationAdam",),
+}
 __all__ = [
     "Grid",
     "Outcome",
@@ -12,6 +24,16 @@ __all__ = [
     "PopulationAdam",
     "PopulationData",
     "PopulationSampler",
+    "Surge",
+    "analyse_surge",
     "read_outcomes",
     "run_grid",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # imported on first use, so that the analysis of a grid loads neither torch nor Lightning
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"lightning_bsl.population.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -124,7 +124,7 @@ class Population(LightningModule):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> from lightning_bsl.data import Digits
+        >>> from lightning_bsl.datasets import Digits
         >>> from lightning_bsl.models import Classifier, cnn5
         >>> make = lambda seed: Classifier(cnn5(image_size=8, width=4), num_classes=10)
         >>> outcomes = []

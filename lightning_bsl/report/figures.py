@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_bsl.report.run import Row, curve, epoch_ends, validated
+from lightning_bsl.runs.metrics import Row, curve, epoch_ends, validated
 from lightning_bsl.schedules import Plan, Progress
 from lightning_bsl.theory import BoundConstants, BoundTerms, bound_curve
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bsl.report.figures import figure_with_axes
-from lightning_bsl.report.runs import AXES, METRICS, Group
+from lightning_bsl.runs.find import AXES, METRICS, Group
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d", "#882255", "#999933", "#44aa99")
 # Okabe and Ito's, and three of Tol's

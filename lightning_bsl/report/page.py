@@ -9,19 +9,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from lightning_bsl.report.compare import (
-    LEVEL,
-    Ended,
-    Estimate,
-    Held,
-    Reached,
-    Target,
-    against_bounds,
-    default_targets,
-    how_soon,
-    unequal_budgets,
-    where_ended,
-)
 from lightning_bsl.report.markup import (
     NONE,
     Cell,
@@ -34,7 +21,20 @@ from lightning_bsl.report.markup import (
     table_html,
 )
 from lightning_bsl.report.overlays import Figure, color_of, plot_groups
-from lightning_bsl.report.runs import AXES, METRICS, Found, Group
+from lightning_bsl.runs.compare import (
+    Ended,
+    Estimate,
+    Held,
+    Reached,
+    Target,
+    against_bounds,
+    default_targets,
+    how_soon,
+    unequal_budgets,
+    where_ended,
+)
+from lightning_bsl.runs.find import AXES, METRICS, Found, Group
+from lightning_bsl.theory import LEVEL
 
 
 def write_report(

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lightning_bsl.population.analysis import Surge
 from lightning_bsl.report.figures import figure_with_axes
 from lightning_bsl.report.overlays import Figure, color_of
-from lightning_bsl.report.surge import Surge
 from lightning_bsl.theory import CriticalBatchFit, TradeoffFit, critical_batch_size_at_loss, lr_curve
 
 _SIZE = (4.4, 3.7)  # small, so that the letters are large enough on a phone

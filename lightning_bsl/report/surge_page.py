@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from lightning_bsl.report.compare import LEVEL
+from lightning_bsl.population.analysis import Surge
 from lightning_bsl.report.markup import (
     NONE,
     Cell,
@@ -21,7 +21,6 @@ from lightning_bsl.report.markup import (
     table_html,
 )
 from lightning_bsl.report.overlays import Figure
-from lightning_bsl.report.surge import Surge
 from lightning_bsl.report.surge_figures import plot_noise, plot_surge
 from lightning_bsl.report.surge_text import (
     noise_against_loss,
@@ -31,7 +30,7 @@ from lightning_bsl.report.surge_text import (
     unfinished,
 )
 from lightning_bsl.schedules import NoiseScaling, ScalingRule, SurgeScaling
-from lightning_bsl.theory import Estimate, TradeoffFit
+from lightning_bsl.theory import LEVEL, Estimate, TradeoffFit
 
 _EDGES = {"lowest": "\u2264&nbsp;", "highest": "\u2265&nbsp;"}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.table import Table
 
+from lightning_bsl.population.analysis import ABOVE, Surge, Verdict, surge_settings
 from lightning_bsl.report.markup import number
-from lightning_bsl.report.surge import ABOVE, Surge, Verdict, surge_settings
 from lightning_bsl.schedules import SurgeScaling
 from lightning_bsl.theory import CriticalBatchFit, CurveFit, Estimate, fit_critical_batch_size
 

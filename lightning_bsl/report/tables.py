@@ -10,9 +10,9 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_bsl.report.run import Row, curve, validated
+from lightning_bsl.runs.metrics import Row, curve, validated
 from lightning_bsl.schedules import Plan, Stage
-from lightning_bsl.theory import BoundConstants, BoundTerms, asymptotic_rates, bound_curve, bound_terms, stalls
+from lightning_bsl.theory import BoundConstants, BoundTerms, asymptotic_rates, bound_terms, stalls
 
 _MOST_ROWS = 30
 
@@ -120,24 +120,12 @@ def run_table(plan: Plan, rows: list[Row]) -> Table:
     return table
 
 
-def bounds_along(plan: Plan, constants: BoundConstants) -> list[tuple[float, float]]:
-    """P1's bound on the full gradient norm along a plan, as (samples, norm) pairs; none where the rates are not below 2/L.
-
-    Args:
-        plan: The plan.
-        constants: Of the problem.
-    """
-    if plan.stages[0].lr is None:
-        return []
-    return [(at.samples, at.bound(constants) ** 0.5) for at in bound_curve(plan) if constants.allows(at.max_lr)]
-
-
 def bound_line(rows: list[Row], bounds: list[tuple[float, float]]) -> str | None:
     """The least full gradient norm that a run measured, beside its bound; ``None`` where either is missing.
 
     Args:
         rows: The run's metrics.
-        bounds: As of [`bounds_along`][].
+        bounds: As of [`gradient_norm_bounds`][lightning_bsl.theory.gradient_norm_bounds].
     """
     samples, norms = curve(rows, "full_gradient_norm")
     passed = [norm for at, norm in bounds if samples and at <= samples[-1]]

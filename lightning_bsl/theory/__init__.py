@@ -7,6 +7,7 @@ from lightning_bsl.theory.bounds import (
     asymptotic_rates,
     bound_curve,
     bound_terms,
+    gradient_norm_bounds,
     stalls,
 )
 from lightning_bsl.theory.complexity import (
@@ -19,6 +20,7 @@ from lightning_bsl.theory.complexity import (
     steps_to_reach,
 )
 from lightning_bsl.theory.surge import (
+    LEVEL,
     CriticalBatchFit,
     CurveFit,
     Estimate,
@@ -39,6 +41,7 @@ from lightning_bsl.theory.surge import (
 )
 
 __all__ = [
+    "LEVEL",
     "BoundConstants",
     "BoundTerms",
     "CriticalBatchFit",
@@ -57,6 +60,7 @@ __all__ = [
     "fit_critical_batch_size",
     "fit_noise_batch_size",
     "fit_peak_lr",
+    "gradient_norm_bounds",
     "growth_to_reach",
     "loss_drop",
     "lr_curve",

@@ -166,6 +166,18 @@ def bound_curve(plan: Plan, points: int = 200) -> list[BoundTerms]:
     return list(itertools.accumulate(_sums(plan, part) for part in parts))
 
 
+def gradient_norm_bounds(plan: Plan, constants: BoundConstants) -> list[tuple[float, float]]:
+    """The bound on the full gradient norm along a plan, as (samples, norm) pairs; none where the rates are not below 2/L.
+
+    Args:
+        plan: The plan.
+        constants: Of the problem.
+    """
+    if plan.stages[0].lr is None:
+        return []
+    return [(at.samples, at.bound(constants) ** 0.5) for at in bound_curve(plan) if constants.allows(at.max_lr)]
+
+
 def stalls(terms: Sequence[BoundTerms], share: float = 0.25) -> list[bool]:
     """Whether B_T stalls in each stage: it takes samples, but its learning rates add next to nothing to sum_t eta_t.
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import scipy  # its parts are loaded on first use: whoever wants another module of this package need not wait
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_bsl.schedules import LinearScaling, NoiseScaling, ScalingRule, SqrtScaling, SurgeScaling
 
 FloatArray = NDArray[np.float64]
 
+LEVEL = 0.95  # of confidence intervals
 _WIDE = 20.0  # B_noise is searched from exp(-20) times the smallest batch size to exp(20) times the largest
 _GRID = 50  # on a grid of log B_noise first: the sum of squares may have more than one minimum
 
@@ -60,6 +60,8 @@ def expected_sign(mu: ArrayLike, sigma: ArrayLike, batch_size: ArrayLike) -> Flo
     Raises:
         ValueError: Shapes that do not fit, values that are not finite, a negative sigma, a batch size that is not above 0.
     """
+    from scipy import special  # here, for whoever wants only the callback
+
     mean, deviation = _moments(mu, sigma)
     batch = np.asarray(batch_size, dtype=np.float64)
     if not (batch > 0).all():
@@ -67,7 +69,7 @@ def expected_sign(mu: ArrayLike, sigma: ArrayLike, batch_size: ArrayLike) -> Flo
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.sqrt(batch / 2)[..., None] * (mean / deviation)
     return np.asarray(
-        scipy.special.erf(np.where(mean == 0, 0.0, z)), dtype=np.float64
+        special.erf(np.where(mean == 0, 0.0, z)), dtype=np.float64
     )  # a mean of 0 has no sign at any B: no 0 * inf
 
 
@@ -313,9 +315,11 @@ def _differ(name: str, values: FloatArray) -> None:
 
 
 def _quantile(confidence: float, degrees: float) -> float:
+    from scipy import stats  # here, for whoever wants only the callback
+
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: write a number between 0 and 1, such as 0.95")
-    return float(scipy.stats.t.ppf((1 + confidence) / 2, degrees))
+    return float(stats.t.ppf((1 + confidence) / 2, degrees))
 
 
 def _log_estimate(log_value: float, log_error: float, quantile: float) -> Estimate:
@@ -325,10 +329,12 @@ def _log_estimate(log_value: float, log_error: float, quantile: float) -> Estima
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> tuple[float, int]:
     """The minimiser on an interval, and the grid point nearest to it: 0 and _GRID - 1 are the ends."""
+    from scipy import optimize  # here, for whoever wants only the callback
+
     grid = np.linspace(low, high, _GRID)
     best = int(np.argmin([function(u) for u in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)]
-    return float(scipy.optimize.minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x), best
+    return float(optimize.minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x), best
 
 
 _NO_TRADEOFF = (
@@ -342,11 +348,13 @@ _NO_MINIMUM = (
 
 
 def _fit_line(steps: FloatArray, examples: FloatArray, quantile: float) -> TradeoffFit:
+    from scipy import stats  # here, for whoever wants only the callback
+
     if np.ptp(examples) == 0:
         raise ValueError(_NO_MINIMUM.format(f"all need {examples[0]:g}, so eq. 22 has no slope"))
-    line = scipy.stats.linregress(1 / examples, 1 / steps)
+    line = stats.linregress(1 / examples, 1 / steps)
     if not line.slope < 0:  # S and E fall or rise together: which of the two should have moved the other way?
-        fall = scipy.stats.linregress(np.log(examples / steps), np.log(steps)).slope  # 0: no fewer steps; -1: no more examples
+        fall = stats.linregress(np.log(examples / steps), np.log(steps)).slope  # 0: no fewer steps; -1: no more examples
         reason = _NO_TRADEOFF if fall > -0.5 else _NO_MINIMUM
         raise ValueError(reason.format(f"the slope of eq. 22 is {line.slope:g}, not below 0"))
     noise, noise_error = math.log(-line.slope), line.stderr / -line.slope
@@ -363,6 +371,8 @@ def _fit_line(steps: FloatArray, examples: FloatArray, quantile: float) -> Trade
 
 
 def _fit_log(steps: FloatArray, batch: FloatArray, quantile: float) -> TradeoffFit:
+    from scipy import optimize  # here, for whoever wants only the callback
+
     x, y, degrees = np.log(batch), np.log(steps), steps.size - 2
     ends = float(x.min()) - _WIDE, float(x.max()) + _WIDE
 
@@ -380,8 +390,8 @@ def _fit_log(steps: FloatArray, batch: FloatArray, quantile: float) -> TradeoffF
 
     least = squares(u)
     limit = least * (1 + quantile**2 / degrees)  # the profile likelihood's region: residuals at most this far from the best
-    low = scipy.optimize.brentq(lambda v: squares(v) - limit, ends[0], u) if squares(ends[0]) > limit else -math.inf
-    high = scipy.optimize.brentq(lambda v: squares(v) - limit, u, ends[1]) if squares(ends[1]) > limit else math.inf
+    low = optimize.brentq(lambda v: squares(v) - limit, ends[0], u) if squares(ends[0]) > limit else -math.inf
+    high = optimize.brentq(lambda v: squares(v) - limit, u, ends[1]) if squares(ends[1]) > limit else math.inf
 
     def extreme(weight: float, sign: float) -> float:
         """The lowest (sign -1) or highest (1) value of log S_min + weight u in that region."""
@@ -588,9 +598,11 @@ def fit_critical_batch_size(loss: ArrayLike, batch_size: ArrayLike, *, confidenc
         >>> round(fit.coefficient.value), round(fit.alpha.value, 6)
         (200000000, 0.21)
     """
+    from scipy import stats  # here, for whoever wants only the callback
+
     losses, batch = _columns(3, loss=loss, batch_size=batch_size)
     _differ("loss", losses)
-    line = scipy.stats.linregress(np.log(losses), np.log(batch))
+    line = stats.linregress(np.log(losses), np.log(batch))
     if not line.slope < 0:
         raise ValueError(
             f"B_crit does not grow as the loss falls (slope {line.slope:g} of the logarithms): the power law does not describe "

@@ -26,9 +26,9 @@ from lightning_bsl.callbacks import (
     NoiseScaleTrigger,
     PlateauTrigger,
 )
-from lightning_bsl.data import FashionMNIST
+from lightning_bsl.datasets import FashionMNIST
 from lightning_bsl.models import Classifier, cnn5
-from lightning_bsl.report import read_metrics
+from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import LinearScaling, SurgeScaling
 
 N = 61

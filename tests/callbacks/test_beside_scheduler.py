@@ -21,7 +21,7 @@ from harness.fits import KeptOnException, fit, quiet
 from harness.loops import whole_steps
 from harness.modules import Regression, equal
 from lightning_bsl import BatchLRScheduler
-from lightning_bsl.report import read_metrics
+from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import Exponential, LinearScaling, NoiseScaling, Progress, SqrtScaling, SurgeScaling
 from lightning_bsl.schedules.scaling import ScalingRule
 

@@ -32,9 +32,9 @@ from harness.modules import Recorder, Stateful, Step
 from harness.processes import Pair
 from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
 from lightning_bsl.callbacks.gradient_noise import Estimate, MovingAverage, Pieces
-from lightning_bsl.data import FashionMNIST, ImageTensors
+from lightning_bsl.datasets import FashionMNIST, ImageTensors
 from lightning_bsl.models import Classifier, cnn5
-from lightning_bsl.report import read_metrics
+from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import Milestones
 
 DRAWS = 2000  # for a mean with an error small enough

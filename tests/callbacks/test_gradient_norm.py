@@ -33,9 +33,9 @@ from harness.fits import out_of_memory
 from harness.modules import Stateful
 from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, GradientNormTrigger
 from lightning_bsl.callbacks import FullGradientNorm, GradientNoiseScale
-from lightning_bsl.data import CIFAR10, ImageTensors
+from lightning_bsl.datasets import CIFAR10, ImageTensors
 from lightning_bsl.models import Classifier
-from lightning_bsl.report import read_metrics
+from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import Milestones
 
 N = 131

@@ -16,9 +16,9 @@ from harness.data import own, regression
 from harness.fits import quiet
 from harness.modules import Recorder, Stateful
 from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale, TrainingTime
-from lightning_bsl.data import QuadraticNoise
+from lightning_bsl.datasets import QuadraticNoise
 from lightning_bsl.models import NoisyQuadratic
-from lightning_bsl.report import read_metrics
+from lightning_bsl.runs import read_metrics
 
 
 class Stop(Callback):

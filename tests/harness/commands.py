@@ -39,7 +39,7 @@ class Run(Protocol):
 
 def run_script(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> object:
     """Run a script with arguments, in this process; returns what it exits with."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / script), *map(str, arguments)])
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     try:
@@ -67,7 +67,7 @@ def run_killed(script: str, *arguments: object, prepare: Callable[[], None], fol
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
             os.chdir(folder)
             prepare()
-            sys.argv = [script, *map(str, arguments)]
+            sys.argv = [str(ROOT / "scripts" / script), *map(str, arguments)]
             runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
         os._exit(1)
     _, status = os.waitpid(pid, 0)

@@ -10,9 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from harness.files import ROOT
-from lightning_bsl import experiment  # registers what the configurations interpolate with
 
-assert experiment
 CONF = ROOT / "conf"
 CHOICES = sorted(
     (str(file.parent.relative_to(CONF)), file.stem)

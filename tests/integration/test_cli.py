@@ -21,7 +21,7 @@ from harness.files import ROOT
 from harness.fits import fit, quiet
 from harness.modules import Recorder
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from lightning_bsl.data import Digits
+from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier
 from lightning_bsl.schedules import (
     Constant,
@@ -188,7 +188,7 @@ def test_print_config_is_a_configuration(cli: Run, tmp_path: Path, capsys: pytes
                 "loss": {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.1}},
             },
         },
-        "data": {"class_path": "lightning_bsl.data.Digits", "init_args": {"batch_size": 16, "seed": 3}},
+        "data": {"class_path": "lightning_bsl.datasets.Digits", "init_args": {"batch_size": 16, "seed": 3}},
     }
     with pytest.raises(SystemExit) as end:
         cli(written, "--print_config")

@@ -15,9 +15,9 @@ from harness.configs import compose_config
 from harness.files import FASHION_MNIST, ROOT
 from harness.files import csv_rows as read
 from harness.processes import Pair
-from lightning_bsl.experiment import make_plan
+from lightning_bsl.app.compose import make_plan
+from lightning_bsl.app.train import train
 from lightning_bsl.schedules import Progress
-from lightning_bsl.training import train
 
 NARROW = ("+model.net.width=4", "trainer.enable_progress_bar=false")
 FIRST_COLUMNS = ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]

@@ -14,7 +14,7 @@ from harness.commands import Run, kill, run_killed, run_python
 from harness.configs import choices, compose_config
 from harness.files import ROOT
 from lightning_bsl import AdaptiveBatchLRScheduler
-from lightning_bsl.experiment import make_plan, make_trainer
+from lightning_bsl.app.compose import make_plan, make_trainer
 from lightning_bsl.models import NoisyQuadratic
 
 TINY = ("data=quadratic", "data.num_examples=256", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",

@@ -24,10 +24,10 @@ from harness import fits
 from harness.fits import quiet
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule, FullGradientNorm, GradientNoiseScale
 from lightning_bsl.callbacks.gradient_noise import estimate
-from lightning_bsl.data import TokenBlocks
-from lightning_bsl.data.text import identity
+from lightning_bsl.datasets import TokenBlocks
+from lightning_bsl.datasets.text import identity
 from lightning_bsl.models import CausalLM, distilgpt2
-from lightning_bsl.report import read_metrics
+from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import Exponential, Warmup
 
 VOCABULARY, LENGTH = 40, 6

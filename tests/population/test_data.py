@@ -5,8 +5,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from harness.files import flat
-from lightning_bsl.data import BatchSizeDataModule, Digits
+from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.data.sampler import GlobalBatchSampler
+from lightning_bsl.datasets import Digits
 from lightning_bsl.population import PopulationData, PopulationSampler
 from lightning_bsl.schedules import Progress
 

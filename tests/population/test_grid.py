@@ -18,7 +18,7 @@ from torch import Tensor
 from harness.commands import Run, kill, run_killed
 from harness.configs import choices, compose_config
 from harness.fits import out_of_memory, quiet
-from lightning_bsl.data import Digits
+from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Grid, Outcome, Population, read_outcomes, run_grid
 from lightning_bsl.population.grid import fitting

@@ -17,12 +17,13 @@ from torch.utils.data import TensorDataset
 
 from harness.configs import compose_config
 from harness.fits import quiet
-from lightning_bsl.data import BatchSizeDataModule, Digits
+from lightning_bsl.app.train import train
+from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.data.sampler import GlobalBatchSampler
+from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Outcome, Population, PopulationData
 from lightning_bsl.schedules import Progress
-from lightning_bsl.training import train
 
 CNN = ("data=digits", "model=cnn5", "+model.net.width=4", "optimizer=adam")
 SIGN = "optimizer.betas=[0.0,0.0]"

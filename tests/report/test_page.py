@@ -10,7 +10,8 @@ from PIL import Image
 
 from harness.browser import browse, needs_browser, probed, skip_unless_it_starts
 from harness.runs import sweep, write_run
-from lightning_bsl.report import default_baseline, find_runs, group_runs, write_report
+from lightning_bsl.report import write_report
+from lightning_bsl.runs import default_baseline, find_runs, group_runs
 
 pytestmark = needs_browser
 MORE = """

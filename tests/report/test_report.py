@@ -10,19 +10,18 @@ from rich.table import Table
 
 from lightning_bsl.report import (
     bound_line,
-    bounds_along,
     compare_table,
     plan_table,
     plot_comparison,
     plot_plan,
     plot_run,
-    read_metrics,
     run_table,
     theory_table,
 )
-from lightning_bsl.report.run import keep_metrics, merge_metrics
+from lightning_bsl.runs import read_metrics
+from lightning_bsl.runs.metrics import keep_metrics, merge_metrics
 from lightning_bsl.schedules import Cosine, Diminishing, Exponential, JointSchedule, plan
-from lightning_bsl.theory import BoundConstants
+from lightning_bsl.theory import BoundConstants, gradient_norm_bounds
 
 GROWING = JointSchedule(Exponential(8, factor=2, every=1), Exponential(0.1, factor=1.25, every=1))
 
@@ -140,14 +139,14 @@ def test_comparison(tmp_path: Path) -> None:
 
 def test_a_run_is_held_against_its_bound(tmp_path: Path) -> None:
     planned = plan(GROWING, 100, epochs=2)
-    bounds = bounds_along(planned, PROBLEM)
+    bounds = gradient_norm_bounds(planned, PROBLEM)
     rows = [{"samples": 100.0, "full_gradient_norm": 0.5}, {"samples": 200.0, "full_gradient_norm": 0.25}]
     assert [samples for samples, _ in bounds] == [100, 200]
     line = bound_line(rows, bounds)
     assert line is not None
     assert line.startswith(f"min ||grad f||^2: 6.250e-02 measured, at most {min(norm for _, norm in bounds) ** 2:.3e}")
     assert bound_line(rows[:0], bounds) is None
-    assert bounds_along(plan(JointSchedule(8), 100, epochs=2), PROBLEM) == []
+    assert gradient_norm_bounds(plan(JointSchedule(8), 100, epochs=2), PROBLEM) == []
     plot_run(read_metrics(write(tmp_path / "metrics.csv")) + rows, tmp_path / "curves.png", bounds)
     plot_plan(planned, tmp_path / "plan.png", PROBLEM)
 

@@ -18,9 +18,9 @@ from harness.browser import browse, needs_browser, probed, skip_unless_it_starts
 from harness.commands import run_script
 from harness.configs import compose_config
 from harness.files import csv_rows
-from lightning_bsl.population import Outcome
-from lightning_bsl.report import analyse_surge, surge_commands, surge_summary, train_overrides, write_surge_report
-from lightning_bsl.report.surge import Surge, surge_settings
+from lightning_bsl.population import Outcome, analyse_surge
+from lightning_bsl.population.analysis import Surge, surge_settings
+from lightning_bsl.report import surge_commands, surge_summary, train_overrides, write_surge_report
 from lightning_bsl.report.surge_text import surge_findings
 from lightning_bsl.schedules import NoiseScaling, ScalingRule, SurgeScaling
 from lightning_bsl.theory import TradeoffFit, lr_curve

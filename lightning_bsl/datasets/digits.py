@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_bsl.data.image import ImageDataModule, Split
+from lightning_bsl.datasets.image import ImageDataModule, Split
 
 
 class Digits(ImageDataModule):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bsl.report.compare import LEVEL
+from lightning_bsl.theory import LEVEL
 
 if TYPE_CHECKING:
     from lightning_bsl.population import Outcome  # loads torch

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from lightning_bsl.report.run import Row, read_metrics
+from lightning_bsl.runs.folder import FINISHED
+from lightning_bsl.runs.metrics import Row, read_metrics
 
 AXES = {"epochs": "epochs", "steps": "optimizer steps", "samples": "samples", "tokens": "tokens", "seconds": "seconds"}
 METRICS = {
@@ -33,7 +34,6 @@ _OUTPUT_ONLY = re.compile(
     r"(seed|ckpt_path|output_dir|logger|checkpoint|training_time|trainer\.(enable_\w+|default_root_dir|logger|log_every_n_steps)"
     r"|data\.(root|download|num_workers))(\..*)?"
 )
-FINISHED = ".hydra/finished.json"  # what a run returned
 _NUMBERED = re.compile(r"^(version|run|seed|s)?[_=-]?\d+$")
 _SEED = re.compile(r"(?:^|[_=.-])(?:seed|s)[_=-]?(\d+)$")
 
@@ -289,8 +289,7 @@ def _read(folder: Path, root: Path, name: str) -> Run:
         {key: value for key, value in choices.items() if value is not None},
         config,
         planned,
-        # curves.png is drawn after the fit, wherever early stopping ended it
-        (planned is not None and samples >= planned) or any((folder / file).is_file() for file in ("curves.png", FINISHED)),
+        (planned is not None and samples >= planned) or (folder / FINISHED).is_file(),
     )
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, Trainer
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler, plan_fit
@@ -19,8 +19,7 @@ from lightning_bsl.schedules import Plan
 from lightning_bsl.schedules.plan import Measure
 from lightning_bsl.theory import BoundConstants
 
-if not OmegaConf.has_resolver("lightning_bsl.mul"):  # conf/ derives a rate from another with it
-    OmegaConf.register_new_resolver("lightning_bsl.mul", lambda x, y: x * y)
+CONF = "pkg://lightning_bsl.conf"  # where the commands find their configuration
 
 
 def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: LightningDataModule) -> Plan | None:
@@ -81,13 +80,16 @@ def known_warnings() -> Iterator[None]:
         yield
 
 
-def make_trainer(cfg: DictConfig, scheduler: BatchLRScheduler) -> Trainer:
-    """The Trainer of the run, with its loggers and callbacks."""
-    # `~callbacks`, `~logger` and `~training_time` leave no such node
-    always = [instantiate(cfg[name]) for name in ("checkpoint", "training_time") if name in cfg]
-    given = (cfg.get("callbacks") or {}).values()
-    # what an experiment says of a callback that is not chosen is no callback
-    callbacks = [scheduler, *always, *(instantiate(callback) for callback in given if "_target_" in callback)]
+def make_trainer(cfg: DictConfig, *first: Callback) -> Trainer:
+    """The Trainer of the run, with its loggers and callbacks.
+
+    Args:
+        cfg: The composed configuration.
+        first: Callbacks in front of those that ``callbacks`` names.
+    """
+    # `~callbacks` and `~logger` leave no such node; what an experiment says of a callback that is not chosen is no callback
+    chosen = [callback for callback in (cfg.get("callbacks") or {}).values() if callback and "_target_" in callback]
+    callbacks = [*first, *map(instantiate, chosen)]
     loggers = list(instantiate(cfg.get("logger") or {}).values())
     return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False))
 

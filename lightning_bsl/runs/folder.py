@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_bsl.report.run import keep_metrics, merge_metrics
-from lightning_bsl.report.runs import FINISHED
+from lightning_bsl.runs.metrics import keep_metrics, merge_metrics
 
 _CONFIG = ".hydra/run.yaml"
+BOUND = "bound.csv"  # of the full gradient norm along the plan, with columns `samples` and `bound`
+FINISHED = "finished.json"  # what a run returned; there once it is finished
 
 
 class Finished(NamedTuple):
@@ -89,6 +92,17 @@ def finish_run(cfg: DictConfig, value: float | None) -> None:
     merge_metrics(folder / "metrics.csv")
     if (folder / _CONFIG).exists() and (folder / _CONFIG).read_text() == _trained(cfg):
         (folder / FINISHED).write_text(json.dumps({"value": value}))
+
+
+def write_bound(folder: Path, bounds: Sequence[tuple[float, float]]) -> None:
+    """Leave the bound of a run beside its plan, for whoever compares it with the measured gradient norm.
+
+    Args:
+        folder: The run's folder.
+        bounds: Pairs of samples and the bound on the full gradient norm there.
+    """
+    with open(folder / BOUND, "w", newline="") as file:
+        csv.writer(file).writerows([("samples", "bound"), *bounds])
 
 
 def _trained(cfg: DictConfig) -> str:

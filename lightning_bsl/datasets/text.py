@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lightning_bsl.data.datamodule import BatchSizeDataModule
-from lightning_bsl.hub import check_reachable, text_library
+from lightning_bsl.datasets.hub import check_reachable, text_library
 
 Split = Literal["train", "val", "test"]
 Document = tuple[Split, str]

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lightning_bsl.data import LogisticData, QuadraticNoise, logistic_constants
+from lightning_bsl.datasets import LogisticData, QuadraticNoise, logistic_constants
 from lightning_bsl.models import LogisticRegression, NoisyQuadratic
 from lightning_bsl.models.problems import _Problem
 

@@ -16,7 +16,7 @@ from harness.configs import CHOICES, NEEDED, PLANNED, choices, compose_config
 from harness.fits import quiet
 from harness.tiers import diagonal
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
-from lightning_bsl.experiment import make_constants, make_plan, make_trainer
+from lightning_bsl.app.compose import make_constants, make_plan, make_trainer
 from lightning_bsl.theory import BoundConstants
 
 SMALL = [choice for choice in choices("experiment") if choice.endswith("_small")]

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig
 from scipy import stats
 
-from lightning_bsl.report.run import Row
-from lightning_bsl.report.runs import AXES, METRICS, Group, Run
-from lightning_bsl.report.tables import bounds_along
+from lightning_bsl.runs.find import AXES, METRICS, Group, Run
+from lightning_bsl.runs.folder import BOUND
+from lightning_bsl.runs.metrics import Row
+from lightning_bsl.theory import LEVEL
 
-LEVEL = 0.95
 Seeded = tuple[int | None, float]
 
 
@@ -301,34 +299,9 @@ def _quantile(freedom: float) -> float:
 
 
 def _bounds(run: Run) -> list[tuple[float, float]]:
-    """The bound on the full gradient norm along a run's plan; none where it cannot be had without data or foreign code."""
-    if run.config is None or "constants" not in run.config or "scheduler" not in run.config:
-        return []
-    from lightning_bsl.data import BatchSizeDataModule  # only here, as they load torch
-    from lightning_bsl.experiment import make_constants, make_plan
-
-    config = run.config
-    if not all(_is_ours(config.get(name)) for name in ("scheduler", "data", "constants")):
-        return []
+    """The bound on the full gradient norm along a run's plan, as the run left it; none where its constants are not known."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of plans against which theory speaks, the run has warned
-            constants = make_constants(config)
-            if constants is None:
-                return []
-            datamodule = instantiate(config.data)
-            if not isinstance(datamodule, BatchSizeDataModule) or not datamodule.num_epoch_examples:
-                return []
-            plan = make_plan(config, instantiate(config.scheduler), datamodule)
-            return bounds_along(plan, constants) if plan is not None else []
-    except Exception:  # a configuration of another version, data that are not here: the run has no line in the table
+        with open(run.folder / BOUND, newline="") as file:
+            return [(float(row["samples"]), float(row["bound"])) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _is_ours(node: object) -> bool:
-    """Whether a configuration makes nothing but what this library brings: a log must not run other code."""
-    if isinstance(node, DictConfig):
-        target = node.get("_target_")
-        ours = target is None or str(target).startswith("lightning_bsl.")
-        return ours and all(_is_ours(value) for value in node.values())
-    return all(_is_ours(each) for each in node) if isinstance(node, ListConfig) else True

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from lightning_bsl.data import Digits, ImageTensors
+from lightning_bsl.datasets import Digits, ImageTensors
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from harness.commands import run_script
 from harness.configs import compose_config
 from harness.files import csv_rows
 from harness.runs import sweep, write_run
-from lightning_bsl.report import Group, Target, default_baseline, find_runs, group_runs, parse_target
-from lightning_bsl.report.compare import against_bounds, default_targets, estimate, how_soon, ratio, where_ended
 from lightning_bsl.report.overlays import band
-from lightning_bsl.report.runs import Run
+from lightning_bsl.runs import Group, Target, default_baseline, find_runs, group_runs, parse_target
+from lightning_bsl.runs.compare import against_bounds, default_targets, estimate, how_soon, ratio, where_ended
+from lightning_bsl.runs.find import Run
 
 SCRIPT = "report.py"
 

@@ -10,8 +10,8 @@ import huggingface_hub
 import pytest
 
 from harness.commands import run_python
-from lightning_bsl.data import ELI5Category, PydocTopics
-from lightning_bsl.hub import check_reachable
+from lightning_bsl.datasets import ELI5Category, PydocTopics
+from lightning_bsl.datasets.hub import check_reachable
 from lightning_bsl.models import distilgpt2
 
 
@@ -31,8 +31,8 @@ def test_without_the_extra(tmp_path: Path) -> None:
         import sys
         import lightning  # torchmetrics looks for what is installed, and imports it
         sys.modules |= dict.fromkeys(("transformers", "datasets", "tokenizers", "huggingface_hub"))
-        import lightning_bsl.callbacks, lightning_bsl.experiment
-        from lightning_bsl.data import ELI5Category, Digits, PydocTopics
+        import lightning_bsl.callbacks, lightning_bsl.app.compose
+        from lightning_bsl.datasets import Digits, ELI5Category, PydocTopics
         from lightning_bsl.models import Classifier, cnn5, distilgpt2
         Digits().setup("fit"), Classifier(cnn5(), 10)
         for use in (distilgpt2, PydocTopics(cache_dir=sys.argv[1]).prepare_data, ELI5Category().fetch):

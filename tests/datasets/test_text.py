@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,9 @@ import tokenizers
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_bsl.data import ELI5Category, PydocTopics, TextDataModule, TextFolder, TokenBlocks
-from lightning_bsl.data.text import (
+import datasets
+from lightning_bsl.datasets import ELI5Category, PydocTopics, TextDataModule, TextFolder, TokenBlocks
+from lightning_bsl.datasets.text import (
     END_OF_TEXT,
     TokenDocuments,
     _open_blocks,
@@ -430,7 +430,7 @@ class TestCache:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_bsl.data.text.json.dumps", interrupt)  # all is written but the last file
+            patch.setattr("lightning_bsl.datasets.text.json.dumps", interrupt)  # all is written but the last file
             with pytest.raises(KeyboardInterrupt):
                 self.make(tmp_path).prepare_data()
         assert list((tmp_path / "cache").iterdir()) == []
@@ -449,7 +449,7 @@ class TestCache:
 
         with monkeypatch.context() as patch:
             patch.setattr("tempfile.TemporaryDirectory.__exit__", lambda *_: None)  # nobody cleans up
-            patch.setattr("lightning_bsl.data.text.os.replace", kill)
+            patch.setattr("lightning_bsl.datasets.text.os.replace", kill)
             with pytest.raises(Killed):
                 self.make(tmp_path).prepare_data()
         datamodule = load(self.make(tmp_path))

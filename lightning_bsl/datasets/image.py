@@ -162,7 +162,7 @@ class ImageDataModule(BatchSizeDataModule):
         **options: As of ``BatchSizeDataModule``.
 
     Example:
-        >>> from lightning_bsl.data import Digits
+        >>> from lightning_bsl.datasets import Digits
         >>> data = Digits(batch_size=64)
         >>> data.setup("fit")
         >>> data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)[0].dtype

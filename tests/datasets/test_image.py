@@ -19,8 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from harness.files import FASHION_MNIST
-from lightning_bsl.data import CIFAR10, CIFAR100, FashionMNIST, ImageDataModule, ImageTensors, TinyImageNet
-from lightning_bsl.data.image import crop_flip_rotate, epoch_randoms
+from lightning_bsl.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageDataModule, ImageTensors, TinyImageNet
+from lightning_bsl.datasets.image import crop_flip_rotate, epoch_randoms
 
 
 def random_images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> Tensor:
@@ -379,7 +379,7 @@ class TestTinyImageNet:
         self.write(tmp_path, "published")
         self.load(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_bsl.data.image._decode", lambda *args: pytest.fail("decoded again"))
+            patch.setattr("lightning_bsl.datasets.image._decode", lambda *args: pytest.fail("decoded again"))
             self.load(tmp_path)
         self.jpeg(tmp_path / "train" / "n03" / "images" / "n03_9.JPEG", 1)
         assert len(self.load(tmp_path)[0]) == 10

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bsl.report.best_rates import ENDS, Best, By, Cells, Chosen, best_of, choose, within_steps
+from lightning_bsl.population.best_rates import ENDS, Best, By, Cells, Chosen, best_of, choose, within_steps
 from lightning_bsl.schedules import NoiseScaling, ScalingRule, SurgeScaling
 from lightning_bsl.theory import CurveFit, TradeoffFit, compare_curves, fit_noise_batch_size, fit_peak_lr, lr_curve
 from lightning_bsl.theory.surge import Estimate

@@ -1,0 +1,74 @@
+"""`bsl-plan`: what a run would do, before it does it, as in `bsl-plan data=cifar100 scheduler=increasing_both`.
+
+Side by side: `bsl-plan data=cifar100 --compare constant_decaying,increasing_decaying,increasing_both`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import hydra
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lightning_bsl.app.compose import CONF, make_constants, make_plan
+from lightning_bsl.report import compare_table, console, plan_table, plot_comparison, plot_plan, theory_table
+from lightning_bsl.schedules import Plan
+
+
+def main() -> None:
+    """Plan as the command line says."""
+    sys.argv = _hydra_arguments(sys.argv)
+    _main()
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
+def _main(cfg: DictConfig) -> None:
+    """Print the plan of a run, or several side by side, and draw it."""
+    out, folder, constants = console(), Path(cfg.output_dir), make_constants(cfg)
+    if "compare" in cfg:
+        plans = {name: _plan(_with_scheduler(name)) for name in cfg.compare}
+        out.print(compare_table(plans, constants))
+        plot_comparison(plans, folder / "plans.png", constants)
+        out.print(f"{folder}: plans.png", soft_wrap=True)
+        return
+    plan = _plan(cfg)
+    out.print(plan_table(plan))
+    if plan.stages[0].lr is not None:
+        out.print(theory_table(plan, constants))
+    plan.to_csv(folder / "plan.csv")
+    plot_plan(plan, folder / "plan.png", constants)
+    out.print(f"{folder}: plan.csv, plan.png", soft_wrap=True)
+
+
+def _plan(cfg: DictConfig) -> Plan:
+    plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+    if plan is None:
+        raise ValueError(
+            "no plan for fast_dev_run, for a run without an end (write trainer.max_epochs or trainer.max_steps), or for a "
+            "scheduler that measures before it decides"
+        )
+    return plan
+
+
+def _with_scheduler(name: str) -> DictConfig:
+    """This command's configuration, with another scheduler."""
+    overrides = [each for each in HydraConfig.get().overrides.task if not each.startswith(("scheduler=", "+compare="))]
+    return compose("train", [*overrides, f"scheduler={name}"])
+
+
+def _hydra_arguments(arguments: list[str]) -> list[str]:
+    """`--compare a,b` as an override, which is all that Hydra lets through."""
+    arguments = [*arguments, "hydra.mode=RUN"]  # an experiment may be a sweep: its first plan, in a folder of its own
+    parser = argparse.ArgumentParser(usage="%(prog)s [OVERRIDE ...] [--compare SCHEDULERS]", add_help=False, allow_abbrev=False)
+    parser.add_argument("--compare")
+    given, rest = parser.parse_known_args(arguments)
+    if given.compare is None:
+        return arguments
+    if not given.compare or "=" in given.compare:
+        parser.error("--compare needs schedulers, with commas between: --compare constant_decaying,increasing_both")
+    return [*rest, f"+compare=[{given.compare}]"]

@@ -1,0 +1,156 @@
+"""`bsl-search`: find the growing schedule that trains best, as in `bsl-search data=digits search.trials=20`.
+
+The same command with the same `hydra.run.dir=FOLDER` goes on with a search that was interrupted, or that is to have more
+trials. One process at a time: a trial that no process has ended is taken for interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from lightning_bsl.app.commands import command
+from lightning_bsl.app.compose import CONF, make_plan
+from lightning_bsl.app.train import train
+from lightning_bsl.report import console
+from lightning_bsl.runs.folder import changes
+
+try:
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.study import StudyDirection
+    from optuna.trial import TrialState
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError("bsl-search needs Optuna: pip install 'lightning_bsl[sweep]'") from missing
+
+NAMES = ("b_0", "delta", "exponent", "every", "eta_0")
+DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="search")
+def main(cfg: DictConfig) -> float:
+    """Run the trials that are missing and print the best; returns the best value."""
+    if cfg.trainer.get("devices", 1) != 1:  # the processes that Lightning starts would each begin a search of their own
+        raise ValueError(f"trainer.devices={cfg.trainer.devices}: the trainings of a search have one device, trainer.devices=1")
+    folder, fixed, ranges = Path(cfg.output_dir), _fixed_overrides(), _ranges(cfg.search)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=cfg.search.storage, study_name=cfg.search.study, direction=DIRECTIONS[cfg.search.direction], load_if_exists=True
+    )
+    config = OmegaConf.to_yaml(compose("train", fixed))
+    before = study.user_attrs.get("config")
+    if before is None:
+        study.set_user_attr("config", config)
+    elif before != config:
+        changed = changes(before, config)
+        raise ValueError(f"{folder} holds a search with another configuration ({changed}); choose another folder")
+
+    for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
+        if set(interrupted.params) == set(NAMES):
+            _run(study, interrupted.number, interrupted.params, fixed, folder)
+        else:  # interrupted before all was chosen
+            study.tell(interrupted.number, state=TrialState.FAIL)
+    while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < cfg.search.trials:
+        # a seed for each trial: what is tried next depends on the trials before, not on whether they ran in one go
+        seed = int(np.random.SeedSequence((cfg.search.seed, len(study.trials))).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(seed=seed)
+        trial = study.ask(ranges)
+        _run(study, trial.number, trial.params, fixed, folder)
+    return _report(study, cfg.dataset.metric, fixed)
+
+
+def _fixed_overrides() -> list[str]:
+    """What the command line says of all the trainings."""
+    given = [each for each in HydraConfig.get().overrides.task if not each.lstrip("+~").startswith(("search.", "scheduler="))]
+    if any(each.startswith("experiment=") for each in given):
+        given.append("hydra.mode=RUN")  # many of them are sweeps, which the command printed at the end should not start
+    return [*given, f"scheduler={HydraConfig.get().runtime.choices['scheduler']}"]
+
+
+def _ranges(search: DictConfig) -> dict[str, BaseDistribution]:
+    b_0, delta, exponent, every, eta_0 = (list(search[name]) for name in NAMES)
+    length = IntDistribution if all(isinstance(each, int) for each in every) else FloatDistribution
+    distributions: tuple[BaseDistribution, ...] = (
+        CategoricalDistribution(b_0),
+        FloatDistribution(delta[0], delta[1], log=True),
+        FloatDistribution(exponent[0], exponent[1]),
+        length(every[0], every[1]),
+        FloatDistribution(eta_0[0], eta_0[1], log=True),
+    )
+    return dict(zip(NAMES, distributions))
+
+
+def _schedule(params: dict[str, Any]) -> dict[str, str]:
+    """A trial's overrides; rounded, so that what is printed is exactly what was run."""
+    gamma = params["delta"] ** params["exponent"]
+    values = {"batch_size": (params["b_0"], params["delta"]), "lr": (params["eta_0"], gamma)}
+    return {
+        f"scheduler.{of}.{name}": f"{value:.4g}" if isinstance(value, float) else str(value)
+        for of, (start, factor) in values.items()
+        for name, value in (("start", start), ("factor", factor), ("every", params["every"]))
+    }
+
+
+def _run(study: optuna.Study, number: int, params: dict[str, Any], fixed: list[str], folder: Path) -> None:
+    """Train as a trial says, or go on with it, and tell the study."""
+    schedule = [f"{name}={value}" for name, value in _schedule(params).items()]
+    name = f"trial_{number:03d}"
+    console().print(f"{name}: {' '.join(schedule)}", soft_wrap=True)
+    cfg = compose("train", [*fixed, *schedule])
+    cfg.output_dir = str(folder / name)
+    if refusal := _refusal(cfg):
+        value = math.nan
+    elif (trained := train(cfg)) is None:
+        raise ValueError(f"no {cfg.dataset.metric} was logged, by which the trials are judged; see `dataset.metric`")
+    elif not math.isfinite(value := trained):
+        refusal = f"it ended with {cfg.dataset.metric} = {value}"
+    if refusal:
+        console().print(f"{name} does not count: {refusal}", soft_wrap=True)
+        study.set_user_attr(name, refusal)
+        study.tell(number, state=TrialState.PRUNED)  # which the sampler takes for worse than any value
+    else:
+        study.tell(number, value)
+
+
+def _refusal(cfg: DictConfig) -> str | None:
+    """Why a trial's schedule cannot be run, if so."""
+    datamodule = instantiate(cfg.data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning_bsl")  # the fit plans again, and warns then
+        try:
+            make_plan(cfg, instantiate(cfg.scheduler), datamodule)
+        except (ValueError, InstantiationException) as error:
+            return str(error)
+    return None
+
+
+def _report(study: optuna.Study, metric: str, fixed: list[str]) -> float:
+    found = study.get_trials(states=(TrialState.COMPLETE,))
+    if not found:
+        reasons = sorted((name, reason) for name, reason in study.user_attrs.items() if name.startswith("trial_"))
+        last = ": ".join(reasons[-1]) if reasons else f"search.trials={len(study.trials)}"
+        raise ValueError(f"no trial counts, of {len(reasons)}; the last, {last}")
+    maximise = study.direction is StudyDirection.MAXIMIZE
+    best, *others = sorted(found, key=lambda trial: -trial.values[0] if maximise else trial.values[0])[:5]
+    table = Table("trial", metric, "b_0", "delta", "gamma", "every", "eta_0")
+    for column in table.columns:
+        column.justify, column.no_wrap = "right", True
+    for trial in (best, *others):
+        b_0, delta, every, eta_0, gamma, _ = _schedule(trial.params).values()
+        table.add_row(f"{trial.number:03d}", f"{trial.values[0]:.4g}", b_0, delta, gamma, every, eta_0)
+    console().print(table)
+    overrides = [*fixed, *(f"{name}={value}" for name, value in _schedule(best.params).items())]
+    console().print(f"{command('bsl-train')} {shlex.join(overrides)}", soft_wrap=True, highlight=False)
+    return float(best.values[0])

@@ -1,0 +1,107 @@
+"""`bsl-train`: train a model while its batch size and learning rate grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig
+
+from lightning_bsl.app.compose import CONF, known_warnings, make_constants, make_plan, make_trainer
+from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
+from lightning_bsl.report import bound_line, console, plan_table, plot_run, run_table
+from lightning_bsl.runs import read_metrics
+from lightning_bsl.runs.folder import Finished, finish_run, open_run, write_bound
+from lightning_bsl.schedules import Plan
+from lightning_bsl.theory import BoundConstants, gradient_norm_bounds
+
+
+class RunRecord(Callback):
+    """Leaves in a run's folder what its report needs: the plan that is followed, and its bound.
+
+    Args:
+        scheduler: The scheduler of the run.
+        folder: The folder.
+        constants: What the bound must know of the problem, if that is known.
+    """
+
+    def __init__(self, scheduler: BatchLRScheduler, folder: Path, constants: BoundConstants | None) -> None:
+        self.scheduler, self.folder, self.constants = scheduler, folder, constants
+        self.bounds: list[tuple[float, float]] = []  # as of `gradient_norm_bounds`
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the plan, which is known now that the data are loaded, and show it."""
+        if trainer.is_global_zero and (plan := self.scheduler.plan) is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.write(plan)
+            console().print(plan_table(plan))
+
+    def write(self, plan: Plan) -> None:
+        """Write a plan and its bound.
+
+        Args:
+            plan: The plan.
+        """
+        plan.to_csv(self.folder / "plan.csv")
+        if self.constants is not None:
+            self.bounds = gradient_norm_bounds(plan, self.constants)
+            write_bound(self.folder, self.bounds)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train as configured, or go on where the run in ``cfg.output_dir`` was interrupted, or leave it if it is finished.
+
+    Args:
+        cfg: The composed configuration (``conf/train.yaml``).
+
+    Returns:
+        The last value of ``dataset.metric``, for sweepers: the validation accuracy, to be maximised, or the validation
+        perplexity of a language model, to be minimised. ``None`` where nothing logs it.
+
+    Raises:
+        ValueError: Bad configuration, or a folder that holds another run.
+    """
+    out, folder = console(), Path(cfg.output_dir)
+    resume = open_run(cfg)
+    if isinstance(resume, Finished):
+        out.print(f"{folder}: finished before, not trained again", soft_wrap=True)
+        return resume.value
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = instantiate(cfg.data)
+    scheduler = instantiate(cfg.scheduler)
+    record = RunRecord(scheduler, folder, make_constants(cfg))
+    model = instantiate(cfg.model)
+    with known_warnings():
+        trainer = make_trainer(cfg, scheduler, record)
+        trainer.fit(model, datamodule, ckpt_path=resume)
+    value = trainer.callback_metrics.get(cfg.dataset.metric)
+    last = None if value is None else float(value)
+    if not trainer.is_global_zero:
+        return last
+    plan = scheduler.plan
+    if isinstance(scheduler, AdaptiveBatchLRScheduler) and (plan := make_plan(cfg, scheduler, datamodule)):
+        record.write(plan)
+    if (folder / "metrics.csv").exists():
+        rows = read_metrics(folder / "metrics.csv")
+        if last is None:  # a run that was interrupted after its last step has nothing left to log
+            last = next((row[cfg.dataset.metric] for row in reversed(rows) if cfg.dataset.metric in row), None)
+        if plan is not None:
+            out.print(run_table(plan, rows))
+        if line := bound_line(rows, record.bounds):
+            out.print(line, soft_wrap=True)
+        try:
+            plot_run(rows, folder / "curves.png", record.bounds)
+        except ModuleNotFoundError as error:
+            out.print(f"no curves.png: {error}")
+    finish_run(cfg, last)
+    files = (".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints")
+    out.print(f"{folder}: {', '.join(file for file in files if (folder / file).exists())}", soft_wrap=True)
+    return last
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
+def main(cfg: DictConfig) -> Any:
+    """Train as configured; returns what a sweeper may optimise."""
+    return train(cfg)
