@@ -33,7 +33,9 @@ try:
     from optuna.study import StudyDirection
     from optuna.trial import TrialState
 except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError("bsl-search needs Optuna: pip install 'lightning_bsl[sweep]'") from missing
+    if missing.name != "optuna":
+        raise
+    raise SystemExit("bsl-search needs Optuna: pip install 'lightning_bsl[sweep]'") from missing
 
 NAMES = ("b_0", "delta", "exponent", "every", "eta_0")
 DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}

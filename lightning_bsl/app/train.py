@@ -10,11 +10,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 
+from lightning_bsl.app.commands import command
 from lightning_bsl.app.compose import CONF, known_warnings, make_constants, make_plan, make_trainer
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.report import bound_line, console, plan_table, plot_run, run_table
 from lightning_bsl.runs import read_metrics
-from lightning_bsl.runs.folder import Finished, finish_run, open_run, write_bound
+from lightning_bsl.runs.folder import FINISHED, Finished, finish_run, open_run, write_bound
 from lightning_bsl.schedules import Plan
 from lightning_bsl.theory import BoundConstants, gradient_norm_bounds
 
@@ -63,6 +64,8 @@ def train(cfg: DictConfig) -> float | None:
     Raises:
         ValueError: Bad configuration, or a folder that holds another run.
     """
+    if "grid" in cfg:
+        raise ValueError(f"`grid` belongs to a grid of many runs: {command('bsl-surge-grid')} trains it, {command('bsl-train')} one run")
     out, folder = console(), Path(cfg.output_dir)
     resume = open_run(cfg)
     if isinstance(resume, Finished):
@@ -96,7 +99,7 @@ def train(cfg: DictConfig) -> float | None:
         except ModuleNotFoundError as error:
             out.print(f"no curves.png: {error}")
     finish_run(cfg, last)
-    files = (".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints")
+    files = (".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints", FINISHED)
     out.print(f"{folder}: {', '.join(file for file in files if (folder / file).exists())}", soft_wrap=True)
     return last
 

@@ -19,12 +19,12 @@ from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.app.compose import make_constants, make_plan, make_trainer
 from lightning_bsl.theory import BoundConstants
 
-SMALL = [choice for choice in choices("experiment") if choice.endswith("_small")]
+OF_TRAIN = [(group, choice) for group, choice in CHOICES if group not in ("scale", "surge")]
 
 
-@pytest.mark.quick(group=sorted({group for group, _ in CHOICES} - {"experiment"}))
-@pytest.mark.quick(choice=SMALL)
-@pytest.mark.parametrize("group, choice", CHOICES)
+@pytest.mark.quick(group=sorted({group for group, _ in OF_TRAIN} - {"experiment"}))
+@pytest.mark.quick(choice=["four_cases", "lr_growth"])
+@pytest.mark.parametrize("group, choice", OF_TRAIN)
 def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_path: Path) -> None:
     if choice == "wandb":
         pytest.importorskip("wandb")
@@ -110,7 +110,8 @@ def test_scaling_starts_from_the_first_batch_size(rule: str, batch_size: str, ba
 def test_warmup_ends_at_five_times_the_rate_of_the_optimizer(optimizer: str, peak: float) -> None:
     for lr in ("warmup_constant", "warmup_cosine"):
         cfg = compose_config("scheduler=increasing_warmup", f"scheduler/lr={lr}", f"optimizer={optimizer}")
-        assert cfg.scheduler.lr.then.start == pytest.approx(peak)
+        assert instantiate(cfg.scheduler.lr).then.start == pytest.approx(peak)
+        assert compose_config("scheduler.lr.then.start=0.3", f"scheduler/lr={lr}").scheduler.lr.then.start == 0.3
 
 
 def test_optimal_growth_has_its_factor_and_takes_another() -> None:
@@ -163,15 +164,15 @@ def test_a_language_model_brings_its_optimizer_unless_told(
         assert tuple(made.defaults["betas"]) == ((0.0, 0.0) if overrides[1:] else (0.9, 0.999))
 
 
-def test_the_language_workload_of_p4() -> None:
-    cfg = compose_config("experiment=surge_distilgpt2", "data.samples_per_epoch=20000")
+def test_the_language_workload_of_the_surge_law() -> None:
+    cfg = compose_config("experiment=surge_law", "data.samples_per_epoch=20000")
     datamodule, scheduler = instantiate(cfg.data), instantiate(cfg.scheduler)
     assert (datamodule.block_size, datamodule.vocab_size, cfg.optimizer._target_) == (128, 50257, "torch.optim.Adam")
     plan = make_plan(cfg, scheduler, datamodule)
     assert plan is not None
     assert (plan.epochs, [stage.batch_size for stage in plan.stages]) == (1, [4, 8, 16, 32, 64, 128])
     assert max(stage.lr or 0 for stage in plan.stages) == cfg.optimizer.lr  # at the noise scale, 64
-    sign = compose_config("experiment=surge_distilgpt2", "model=gpt_tiny", "data=pydoc", "optimizer.betas=[0.0,0.0]")
+    sign = compose_config("experiment=surge_law", "model=gpt_tiny", "data=pydoc", "optimizer.betas=[0.0,0.0]")
     assert instantiate(sign.model).configure_optimizers().defaults["betas"][1] == 0
 
 

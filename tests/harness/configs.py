@@ -26,7 +26,7 @@ def choices(group: str) -> list[str]:
 
 # how many sequences there are is known when the text is read; a language model has the vocabulary of some text
 NEEDED = dict.fromkeys(
-    ("eli5", "text", "pydoc", *(choice for choice in choices("experiment") if choice.startswith("surge_distilgpt2"))),
+    ("eli5", "text", "pydoc", "surge_law"),
     ("data.samples_per_epoch=5000",),
 ) | dict.fromkeys(("distilgpt2", "gpt_tiny"), ("data=pydoc", "data.samples_per_epoch=5000"))
 PLANNED = [choice for choice in choices("scheduler") if "adaptive" not in choice]  # the others decide while they train

@@ -36,7 +36,7 @@ def plan(folder: Path) -> tuple[list[str], Check]:
 
 def search(folder: Path) -> tuple[list[str], Check]:
     def check(printed: str) -> None:
-        assert printed.splitlines()[-1].startswith("python scripts/train.py data=quadratic")
+        assert printed.splitlines()[-1].startswith(f"python {ROOT / 'scripts' / 'train.py'} data=quadratic")
         assert (folder / "study.db").exists()
 
     options = ["data=quadratic", "data.num_examples=256", "trainer.max_epochs=2", "trainer.enable_progress_bar=false"]

@@ -210,7 +210,7 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     (("scheduler.batch_size.factor=0.5",), ("batch size is 0.5", "minimum=1")),
     (("scheduler.batch_size.factor=-2",), ("factor=-2",)),
     (("scheduler.batch_size.maximum=4096", "trainer.max_epochs=30"), ("1440", "maximum")),
-    (("scheduler/lr=constant", "optimizer.lr=0"), ("learning rate is 0",)),
+    (("scheduler/lr=constant", "optimizer.lr=0"), ("lr=0.0", "give it a learning rate above 0")),
     (("scheduler.lr.start=-0.1",), ("-0.1",)),
     (("scheduler.lr.start=.nan",), ("nan",)),
     (("scheduler=increasing_warmup", "trainer.max_epochs=1"), ("warm-up", "longer")),
@@ -237,8 +237,8 @@ def files_listed(printed: str) -> list[str]:
 
 
 @pytest.mark.parametrize("overrides, files", [
-    ((), [".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints"]),
-    (("logger=none",), [".hydra", "plan.csv", "checkpoints"]),
+    ((), [".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints", "finished.json"]),
+    (("logger=none",), [".hydra", "plan.csv", "checkpoints", "finished.json"]),
     (("~logger", "~callbacks", "+trainer.fast_dev_run=true"), [".hydra"]),
 ])  # fmt: skip
 def test_lists_the_files_that_there_are(overrides: tuple[str, ...], files: list[str], run: Run, tmp_path: Path) -> None:

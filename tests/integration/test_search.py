@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from harness.commands import Run
+from harness.commands import Run, run_script
 from harness.configs import compose_config
+from harness.files import ROOT
 from lightning_bsl.models import NoisyQuadratic
 
 optuna = pytest.importorskip("optuna")
 
 TINY = ("data=quadratic", "data.num_examples=256", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
-        "~training_time", "trainer.log_every_n_steps=2")  # fmt: skip
+        "~callbacks.training_time", "trainer.log_every_n_steps=2")  # fmt: skip
 
 
 def trials(folder: Path) -> list[tuple[int, str, dict[str, Any], float | None]]:
@@ -54,7 +56,7 @@ def test_goes_on_with_more_trials(run: Run, tmp_path: Path) -> None:
 
     *_, command = printed.strip().splitlines()
     best = min(five, key=lambda trial: trial[3])
-    assert command.startswith("python scripts/train.py data=quadratic data.num_examples=256")
+    assert command.startswith(f"python {ROOT / 'scripts' / 'train.py'} data=quadratic data.num_examples=256")
     repeated = compose_config(*shlex.split(command)[2:])
     scheduler = repeated.scheduler
     assert scheduler.batch_size.start == best[2]["b_0"]
@@ -120,7 +122,7 @@ def test_refuses_the_folder_of_another_search(run: Run, tmp_path: Path) -> None:
     assert "num_examples: 256" in printed and "num_examples: 512" in printed
 
 
-def test_says_what_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     given = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -129,5 +131,5 @@ def test_says_what_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
         return given(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_bsl\[sweep\]'"):
-        run("search.py", *TINY, folder=tmp_path)
+    monkeypatch.delitem(sys.modules, "lightning_bsl.app.search", raising=False)
+    assert run_script("search.py", *TINY, monkeypatch=monkeypatch) == "bsl-search needs Optuna: pip install 'lightning_bsl[sweep]'"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness.commands import Run, kill, run_killed
 from harness.configs import choices, compose_config
+from harness.files import ROOT
 from harness.fits import out_of_memory, quiet
 from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier, cnn5
@@ -179,7 +180,7 @@ def test_the_script_killed_goes_on(run: Run, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     printed = run("surge_grid.py", *SCRIPT, folder=whole).out
     assert "12 reached, 0 not_reached, 0 diverged" in printed
-    assert f"python scripts/surge_report.py {whole}" in printed
+    assert f"python {ROOT / 'scripts' / 'surge_report.py'} {whole}" in printed
 
     def prepare() -> None:
         step = Population.training_step
@@ -224,14 +225,14 @@ def test_the_script_refuses_the_folder_of_another_grid(run: Run, tmp_path: Path)
     assert len(read_outcomes(tmp_path / "replicas.csv")) == 2
 
 
-@pytest.mark.parametrize("experiment", [each for each in choices("experiment") if each.startswith("surge_")])
-def test_presets_compose(experiment: str) -> None:
-    cfg = compose_config(f"experiment={experiment}", name="surge_grid")
-    assert cfg.hydra.run.dir == f"runs/{experiment}"
+@pytest.mark.parametrize("preset", choices("surge"))
+def test_presets_compose(preset: str) -> None:
+    cfg = compose_config(f"surge={preset}", name="surge_grid")
+    assert cfg.hydra.run.dir == f"runs/surge_{preset}"
     OmegaConf.resolve(cfg.grid)
     grid = instantiate(cfg.grid)
     assert isinstance(grid, Grid)
     assert not getattr(instantiate(cfg.data), "augment", False)
-    assert list(grid.betas) == ([0.0, 0.0] if "sign" in experiment or "resnet" in experiment else [0.9, 0.999])
-    if "small" not in experiment:
+    assert list(grid.betas) == ([0.0, 0.0] if "sign" in preset or "resnet" in preset else [0.9, 0.999])
+    if "small" not in preset:
         assert len(grid.rounds) >= 30 and len(grid.lrs) == 10
