@@ -65,7 +65,7 @@ def train(cfg: DictConfig) -> float | None:
         ValueError: Bad configuration, or a folder that holds another run.
     """
     if "grid" in cfg:
-        raise ValueError(f"`grid` belongs to a grid of many runs: {command('bsl-surge-grid')} trains it, {command('bsl-train')} one run")
+        raise ValueError(f"`grid` describes many runs, and this command trains one: {command('bsl-surge-grid')} trains it")
     out, folder = console(), Path(cfg.output_dir)
     resume = open_run(cfg)
     if isinstance(resume, Finished):

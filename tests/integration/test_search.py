@@ -132,4 +132,6 @@ def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "lightning_bsl.app.search", raising=False)
-    assert run_script("search.py", *TINY, monkeypatch=monkeypatch) == "bsl-search needs Optuna: pip install 'lightning_bsl[sweep]'"
+    assert (
+        run_script("search.py", *TINY, monkeypatch=monkeypatch) == "bsl-search needs Optuna: pip install 'lightning_bsl[sweep]'"
+    )
