@@ -49,7 +49,9 @@ def main(devices: int = 1) -> list[Tensor]:
         for inputs, targets in loader:
             for group in optimizer.param_groups:
                 group["lr"] = schedule(progress).lr
-            examples = int(fabric.all_reduce(torch.tensor(len(inputs)), reduce_op="sum"))  # of the whole step
+            shares = fabric.all_gather(torch.tensor([len(inputs)]))  # of each process
+            assert isinstance(shares, Tensor)
+            examples = int(shares.sum())
             # the processes' gradients are averaged: a share of the sum over the step makes that the mean over its examples
             loss = nn.functional.mse_loss(model(inputs), targets) * (len(inputs) * fabric.world_size / examples)
             optimizer.zero_grad()

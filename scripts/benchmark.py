@@ -101,7 +101,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def data(arguments: argparse.Namespace) -> list[Bound]:
-    """Compare image pipelines: grey images of 28x28, not augmented, and colour images of 32x32, augmented as in P1."""
+    """Compare image pipelines: grey images of 28x28, and colour images of 32x32, augmented as in arXiv 2409.08770."""
     rows, bounds = [], []
     for shape, kind, root, torchvision_set in (
         ("fashion_mnist", FashionMNIST, arguments.fashion_mnist_root, _torchvision_fashion_mnist),

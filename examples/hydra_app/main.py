@@ -21,7 +21,8 @@ class Model(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of inputs ``[batch, size]``."""
-        return (self.net(batch[0]) - 1).square().mean()
+        loss: Tensor = (self.net(batch[0]) - 1).square().mean()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The scheduler sets its learning rate."""
@@ -33,8 +34,8 @@ def main(cfg: DictConfig) -> None:
     """Train."""
     scheduler = instantiate(cfg.scheduler)
     loader = DataLoader(TensorDataset(torch.randn(600, cfg.size)), batch_size=32, shuffle=True)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    Trainer(max_epochs=cfg.epochs, callbacks=[scheduler], **quiet).fit(Model(cfg.size), loader)
+    trainer = Trainer(max_epochs=cfg.epochs, callbacks=[scheduler], accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(Model(cfg.size), loader)
     print("batch sizes:", [stage.batch_size for stage in scheduler.plan.stages], "first rate:", scheduler.plan.stages[0].lr)
 
 

@@ -51,7 +51,7 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
 
 
 def make_constants(cfg: DictConfig) -> BoundConstants | None:
-    """What the bound of P1 must know of the problem; ``None`` where that is not given.
+    """The constants of the problem that the bound of Umeda & Iiduka 2025 (arXiv 2409.08770) needs; ``None`` if not given.
 
     Args:
         cfg: The composed configuration; ``constants`` gives them.

@@ -24,23 +24,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="METRIC=VALUE",
         help="a value to reach, as in val/accuracy=0.9; repeatable",
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if find_spec("matplotlib") is None:
         parser.error("figures need matplotlib: pip install 'lightning_bsl[report]'")
     try:
-        targets = [parse_target(text) for text in given.target]
-        found = find_runs(given.folders)
+        targets = [parse_target(text) for text in options.target]
+        found = find_runs(options.folders)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     groups = group_runs(found.runs)
     names = [group.name for group in groups]
-    if given.baseline not in (None, *names):
-        parser.error(f"--baseline {given.baseline!r}: no such group; there are {', '.join(map(repr, names))}")
-    baseline = next((group for group in groups if group.name == given.baseline), default_baseline(groups))
+    if options.baseline not in (None, *names):
+        parser.error(f"--baseline {options.baseline!r}: no such group; there are {', '.join(map(repr, names))}")
+    baseline = next((group for group in groups if group.name == options.baseline), default_baseline(groups))
     metrics = logged_metrics(groups)
     if unknown := [target.metric for target in targets if target.metric not in metrics]:
         parser.error(f"--target {unknown[0]}: no run logs it; logged are {', '.join(metrics)}")
-    out = given.out or Path(given.folders[0]) / "report"
+    out = options.out or Path(options.folders[0]) / "report"
     if out.exists() and not out.is_dir():
         parser.error(f"--out {out}: not a folder")
     files = write_report(found, groups, baseline, out, targets)

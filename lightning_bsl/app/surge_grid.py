@@ -1,6 +1,6 @@
 """`bsl-surge-grid`: train a grid of batch sizes x rates x seeds, many runs at once.
 
-Example: `bsl-surge-grid surge=cnn5 scale=small data.root=DIR`.
+Example: `bsl-surge-grid surge=cnn5_small data.root=DIR`.
 
 The same command again goes on where it was interrupted. `bsl-surge-report` reads what it writes.
 """

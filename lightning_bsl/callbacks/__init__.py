@@ -1,4 +1,4 @@
-"""Lightning callbacks."""
+"""The callbacks: schedulers of batch size and learning rate, measurements, and triggers."""
 
 from lightning_bsl.callbacks.adaptive import AdaptiveBatchLRScheduler
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, plan_fit

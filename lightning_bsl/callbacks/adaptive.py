@@ -1,4 +1,4 @@
-"""Growth when a measurement says so."""
+"""A scheduler that grows the batch size when a measurement says so."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_bsl.schedules.measured import Segment, measured_stages
 
 
 class StageController:
-    """Extends a schedule of stages by what is decided while a model trains.
+    """Decides the stages of a schedule while a model trains, one after another.
 
     Args:
         batch_size: The first batch size, b_0.
         lr: The first learning rate; or a scaling rule; or ``None``.
-        delta: Growth of the batch size.
-        gamma: Growth of the learning rate; sqrt(delta) by default.
+        delta: Growth of the batch size per stage.
+        gamma: Growth of the learning rate per stage; by default sqrt(delta).
         maximum: Largest batch size.
-        max_lr: Largest learning rate.
+        max_lr: Largest learning rate; ``None`` for no limit.
 
     Attributes:
-        stage: Advances so far.
-        segments: The stages so far, and changes of the rate inside them.
+        stage: Index of the current stage.
+        segments: The stages so far; a change of the learning rate inside a stage starts a new segment, too.
 
     Raises:
         ValueError: ``delta`` not above 1, ``gamma`` below 1, or a first value above its maximum.
@@ -54,13 +54,13 @@ class StageController:
     ) -> None:
         gamma = math.sqrt(delta) if gamma is None and delta > 0 else gamma
         if not delta > 1:
-            raise ValueError(f"`delta={delta}` must be above 1: it multiplies the batch size at each advance")
+            raise ValueError(f"`delta={delta}` must be above 1: it multiplies the batch size from stage to stage")
         if gamma is None or not gamma >= 1:
-            raise ValueError(f"`gamma={gamma}` must be 1 or more: it multiplies the learning rate at each advance")
+            raise ValueError(f"`gamma={gamma}` must be 1 or more: it multiplies the learning rate from stage to stage")
         if not isinstance(batch_size, int) or not 1 <= batch_size <= maximum:
             raise ValueError(f"`batch_size={batch_size}` must be an int between 1 and `maximum={maximum}`")
         if isinstance(lr, (int, float)) and max_lr is not None and lr > max_lr:
-            raise ValueError(f"`lr={lr}` is above `max_lr={max_lr}`")
+            raise ValueError(f"`lr={lr}` is above `max_lr={max_lr}`: lower `lr`, or raise `max_lr`")
         self.lr, self.delta, self.gamma, self.maximum, self.max_lr = lr, delta, gamma, maximum, max_lr
         self.stage, self.segments = 0, [Segment(0, batch_size, None)]
         self.measures = False  # whether a measured noise scale replaces that of the scaling rule
@@ -69,7 +69,7 @@ class StageController:
 
     @property
     def batch_size(self) -> int:
-        """The batch size decided on."""
+        """The batch size of the current stage."""
         return self.segments[-1].batch_size
 
     def begin(self, measures: bool) -> None:
@@ -83,8 +83,8 @@ class StageController:
         self.segments = [Segment(0, first, self._rate(0, first))]
 
     def schedule(self) -> JointSchedule:
-        """The stages so far: steps to come are looked up in it as in any other schedule."""
-        # a rule alone may multiply the rates of the module's own scheduler
+        """The stages so far, as a schedule."""
+        # only a pure scaling rule can multiply the rates of the module's own scheduler
         rule = self.lr if isinstance(self.lr, ScalingRule) and not self.measures and self.max_lr is None else None
         return measured_stages(self.segments, self.maximum, rule)
 
@@ -92,8 +92,8 @@ class StageController:
         """Stage, batch size and learning rate after a check.
 
         Args:
-            advances: Whether to advance a stage.
-            measured: The noise scale; where it is not known, the last known one holds.
+            advances: Whether to go on to the next stage.
+            measured: The measured noise scale; ``None`` to keep the last measured one.
         """
         self._measured = self._measured if measured is None else measured
         advances = advances and self.batch_size < self.maximum
@@ -106,18 +106,18 @@ class StageController:
         """Follow a proposal.
 
         Args:
-            proposal: As ``proposal`` returns it.
-            start: The samples from which on it holds.
+            proposal: A value that ``proposal`` returned.
+            start: The samples from which it holds.
         """
         self.stage, batch_size, lr = proposal
-        self.segments = [each for each in self.segments if each.start < start] + [Segment(start, batch_size, lr)]
+        self.segments = [segment for segment in self.segments if segment.start < start] + [Segment(start, batch_size, lr)]
 
     def state_dict(self) -> dict[str, Any]:
         """The stages so far."""
-        return {"stage": self.stage, "segments": [list(each) for each in self.segments], "measured": self._measured}
+        return {"stage": self.stage, "segments": [list(segment) for segment in self.segments], "measured": self._measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the stages."""
         self.stage, self._measured = state["stage"], state["measured"]
         self.segments = [Segment(*segment) for segment in state["segments"]]
 
@@ -131,33 +131,36 @@ class StageController:
 
 
 class AdaptiveBatchLRScheduler(BatchLRScheduler):
-    """Grows the batch size and the learning rate when a measurement says so (Umeda & Iiduka, arXiv 2508.05302).
+    """Grows the batch size and the learning rate when a measurement says so (Umeda & Iiduka 2025, arXiv 2508.05302).
 
-    Every ``check_every`` optimizer steps the trigger is asked; where it says yes the batch size is multiplied by ``delta`` and
-    the learning rate by ``gamma``, inside the epoch, from the first example on that no worker has been given yet. The learning
-    rate changes with that very example. Each example comes exactly once an epoch; a resumed run goes on bit for bit.
+    Every ``check_every`` optimizer steps the trigger decides whether to go on to the next stage. If so, the batch size is
+    multiplied by ``delta`` and the learning rate by ``gamma``, inside the epoch, from the first example that the loader's
+    workers have not fetched yet. Both change at the same example. Every example still comes exactly once per epoch, and a
+    resumed run goes on bit for bit.
 
-    Logs what ``BatchLRScheduler`` logs, and at each advance ``stage``, ``batch_size``, ``lr`` and ``samples``.
+    It logs what [`BatchLRScheduler`][lightning_bsl.BatchLRScheduler] logs, and at each new stage ``stage``, ``batch_size``,
+    ``lr`` and ``samples``. A scheduler that measures has no plan before the run.
 
     Args:
         batch_size: The first batch size, b_0.
-        lr: The first learning rate, multiplied by ``gamma`` at each advance; or a scaling rule; or ``None`` to leave the rates
-            to the module. The noise scale of ``SurgeScaling`` and ``NoiseScaling`` is replaced by the measured one at each
-            check, if ``GradientNoiseScale`` is among the callbacks: so the rate of Adam follows the surge law (Li et al.,
-            arXiv 2405.14578) while the batch grows.
-        trigger: When to advance; at a gradient norm, as in the paper, by default.
-        delta: Growth of the batch size.
-        gamma: Growth of the learning rate; sqrt(delta) by default, the optimum of Umeda & Iiduka, arXiv 2508.05297.
+        lr: The first learning rate, multiplied by ``gamma`` from stage to stage; or a scaling rule; or ``None`` to leave the
+            learning rates to the module. If ``GradientNoiseScale`` is among the callbacks, its value replaces the noise scale
+            of ``SurgeScaling`` and ``NoiseScaling`` at each check. So the learning rate of Adam follows the surge law (Li et
+            al. 2024, arXiv 2405.14578) while the batch grows.
+        trigger: Decides when to go on to the next stage; by default ``GradientNormTrigger()``, as in the paper.
+        delta: Growth of the batch size per stage.
+        gamma: Growth of the learning rate per stage; by default sqrt(delta), the optimum of arXiv 2508.05297.
         maximum: Largest batch size.
-        max_lr: Largest learning rate.
-        check_every: Optimizer steps between two checks.
-        max_device_batch_size: As of ``BatchLRScheduler``.
-        loader: As of ``BatchLRScheduler``.
+        max_lr: Largest learning rate; ``None`` for no limit.
+        check_every: Number of optimizer steps between two checks.
+        max_device_batch_size: The same as for ``BatchLRScheduler``.
+        loader: The same as for ``BatchLRScheduler``.
 
     Raises:
-        ValueError: ``delta`` not above 1, ``gamma`` below 1, a first value above its maximum, ``check_every`` below 1; at fit
-            start, ``maximum`` above the examples of an epoch.
-        MisconfigurationException: At fit start, a training loader that cannot be re-made (see ``BatchLRScheduler``).
+        ValueError: ``delta`` not above 1, ``gamma`` below 1, a first value above its maximum, ``check_every`` below 1. At the
+            start of a fit: ``maximum`` above the examples of an epoch.
+        MisconfigurationException: At the start of a fit: a training loader that cannot be re-made (see ``BatchLRScheduler``),
+            or a ``limit_train_batches``.
 
     Example:
         >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, GradientNormTrigger(start=0.5), maximum=1024, check_every=500)
@@ -185,12 +188,12 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
 
     @property
     def batch_size(self) -> int:
-        """The batch size decided on; steps that workers had been given before may still be of the one before."""
+        """The batch size of the current stage. Steps that the workers fetched before may still have the previous one."""
         return self.controller.batch_size
 
     @property
     def stage(self) -> int:
-        """Advances so far."""
+        """Index of the current stage."""
         return self.controller.stage
 
     @property
@@ -200,7 +203,7 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
 
     @property
     def delta(self) -> float:
-        """Growth of the batch size."""
+        """Growth of the batch size per stage."""
         return self.controller.delta
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -209,7 +212,7 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
             limit = trainer.limit_train_batches
             if not trainer.fast_dev_run and (isinstance(limit, int) or limit not in (None, 1.0)):  # type: ignore[attr-defined]
                 raise MisconfigurationException(
-                    f"`limit_train_batches={limit}` counts batches, and how many there are is decided while training; write "
+                    f"`limit_train_batches={limit}` counts batches, but their number is not known before training; write "
                     "`BatchSizeDataModule(samples_per_epoch=...)` or `Trainer(max_steps=...)`"
                 )
             measures = isinstance(self.controller.lr, (SurgeScaling, NoiseScaling)) and noise_scale(trainer) is not None
@@ -226,35 +229,35 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
             self.trigger.on_train_start(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave everything as it was."""
+        """Restore everything, and end the trigger."""
         super().teardown(trainer, pl_module, stage)
         if hasattr(self.trigger, "teardown"):
             self.trigger.teardown(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the trigger."""
+        """Call the trigger's ``on_validation_end``."""
         if hasattr(self.trigger, "on_validation_end") and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.trigger.on_validation_end(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ask the trigger after every ``check_every``-th step."""
+        """Check after every ``check_every``-th step."""
         before = self.progress.step
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = self.progress.step
         if step == before or step % self.check_every or self.finished or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.progress.samples > self.segments[-1].start:  # else no step was taken yet with what was decided last
+        if self.progress.samples > self.segments[-1].start:  # else the last decision has not reached a step yet
             self._check(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The stages so far, and the trigger's state."""
+        """The state of ``BatchLRScheduler``, the stages so far, and the trigger's state."""
         trigger = self.trigger.state_dict() if hasattr(self.trigger, "state_dict") else None
         return super().state_dict() | self.controller.state_dict() | {"trigger": trigger}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state."""
         if not self.fitting:
             return
         self.controller.load_state_dict(state_dict)
@@ -264,7 +267,12 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         super().load_state_dict(state_dict)
 
     def write(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Write to the loggers at once: a check may fall between the steps that the Trainer logs."""
+        """Write values to the loggers at once, since a check may be at a step that the Trainer does not log.
+
+        Args:
+            trainer: The Trainer, in a fit.
+            values: Values by name.
+        """
         values = values | {"samples": self.progress.samples}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=logged_at(trainer))

@@ -1,4 +1,4 @@
-"""The batch size and the learning rate follow a schedule."""
+"""The callback that lets batch size and learning rate follow a schedule."""
 
 from __future__ import annotations
 
@@ -41,42 +41,46 @@ __all__ = ["BatchLRScheduler", "plan_fit"]
 class BatchLRScheduler(Callback):
     """Grows the batch size and the learning rate while a model trains.
 
-    Every optimizer step has exactly the batch size and the learning rate that the schedules give for it, inside an epoch too.
-    Any map-style ``DataLoader`` will do, of a DataModule, of the LightningModule or given to ``fit``: for the fit it is re-made
-    with our sampler in it, all else as it was. ``shuffle=True`` becomes a permutation that depends on the run's seed and the
-    epoch alone; another sampler is asked for its order once an epoch. A loader that cannot be re-made (over a stream, or with a
-    batch sampler of its own) must follow ``self.batch_size`` or ``self.hparams.batch_size``, and changes between epochs only.
+    Every optimizer step has exactly the batch size and the learning rate of the schedules, inside an epoch too. The batch size
+    is global: the examples of one optimizer step, over all processes and accumulated batches.
 
-    The batch size is that of one optimizer step, over all processes and accumulated batches. Every param group gets its
-    learning rate; groups keep the ratio to the first one that they are added with. Logs ``batch_size``, ``lr`` (of the first
-    group), ``samples`` (examples consumed so far), and ``tokens`` where the DataModule has an attribute ``tokens_per_sample``.
+    **Loaders.** Any map-style ``DataLoader`` works: from a DataModule, from the LightningModule, or given to ``fit``. During
+    the fit a copy with another sampler replaces it. ``shuffle=True`` becomes a permutation that depends only on the run's seed
+    and the epoch; any other sampler is iterated once per epoch. Some loaders cannot be re-made: they read a stream, or have a
+    batch sampler of their own. Such a loader must read its batch size from ``self.batch_size`` or ``self.hparams.batch_size``,
+    and the batch size changes only between epochs.
 
-    The gradient of a step that is cut, into micro-batches or over processes, is the mean over its examples: right for a loss
-    that is a mean over examples. Where it is a mean over something else, such as tokens, give the LightningModule a method
-    ``loss_terms(batch)`` that returns how many (an int, a float, a scalar tensor; a tensor on a GPU is waited for). The
-    gradient of micro-batches i with n_i terms is then ``sum n_i grad L_i / sum n_i``. A micro-batch without terms adds
-    nothing, a step without any changes nothing. With manual optimization such a step has gradients of 0, and is taken.
+    **Learning rates.** Every param group keeps its ratio to the first group. The callback logs ``batch_size``, ``lr`` (of the
+    first group), ``samples`` (examples consumed so far), and ``tokens`` if the DataModule has an attribute
+    ``tokens_per_sample``.
+
+    **Losses.** A step may be split into micro-batches or over processes. Its gradient is then the mean over its examples,
+    which is right for a loss that is a mean over examples. If the loss is a mean over something else, such as tokens, give the
+    LightningModule a method ``loss_terms(batch)`` that returns their number (an int, a float or a scalar tensor; reading a
+    tensor on a GPU waits for the device). The gradient of micro-batches i with n_i terms is then
+    ``sum n_i grad L_i / sum n_i``. A micro-batch without terms adds nothing, and a step without terms changes nothing. (With
+    manual optimization such a step is taken, with gradients of 0.)
 
     Args:
         batch_size: An ``int``, a schedule, or a function ``progress -> float``.
         lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
-            ``None`` to leave the learning rates to the module. Where the module has a scheduler of its own, a scaling rule
-            multiplies what that sets, by the rule's rate for the batch size over the rule's own (its first argument).
-        max_device_batch_size: Most examples that one process puts through the model at once. A larger step is split into
-            micro-batches, and its gradient is the mean over the whole step all the same. ``"auto"`` halves the micro-batch
-            whenever memory runs out, and repeats the step.
-        loader: Which training loader follows the schedule, where there are several: its key or its index. By default the one
-            that follows ``batch_size``.
-        batch_size_unit: What the batch size counts: ``"examples"``, or ``"tokens"``, which takes a
-            ``BatchSizeDataModule(lengths=...)``. A step then has so many examples, in the order of the epoch, that their
-            lengths without padding sum to the batch size or more; the last step of an epoch may have less. Scaling rules, too,
-            see a batch size in tokens; the clock still counts examples.
+            ``None`` to leave the learning rates to the module. If the module has its own scheduler, a scaling rule multiplies
+            the rates of this scheduler: by the rule's rate for the batch size, divided by the rule's first argument.
+        max_device_batch_size: Largest number of examples that one process puts through the model at once. A larger step is
+            split into micro-batches; its gradient is still that of the whole step. ``"auto"`` halves the micro-batch when
+            memory runs out, and repeats the step.
+        loader: Key or index of the training loader that follows the schedule, if there are several. By default the one that
+            follows ``batch_size``.
+        batch_size_unit: What the batch size counts: ``"examples"`` or ``"tokens"``. ``"tokens"`` needs a
+            ``BatchSizeDataModule(lengths=...)``. A step then takes examples in the order of the epoch until their lengths,
+            without padding, sum to the batch size or more; the last step of an epoch may have less. Scaling rules get the batch
+            size in tokens too; the clock still counts examples.
 
     Raises:
-        ValueError: ``max_device_batch_size`` is no number above 0 and not "auto"; an unknown ``batch_size_unit``. At fit
-            start: a batch size below 1 or above the data set, a learning rate that is not above 0 and finite, a schedule over
-            a fraction of a run that has no end, a horizon shorter than a warm-up.
-        MisconfigurationException: At fit start: something in the fit that cannot work, with the remedy.
+        ValueError: ``max_device_batch_size`` is neither a number above 0 nor "auto"; an unknown ``batch_size_unit``. At the
+            start of a fit: a batch size below 1 or above the data set, a learning rate that is not above 0 and finite, a
+            schedule over a fraction of a run without an end, a run shorter than a warm-up.
+        MisconfigurationException: At the start of a fit: a setting that cannot work; the message says what to write instead.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -98,10 +102,10 @@ class BatchLRScheduler(Callback):
         batch_size_unit: Literal["examples", "tokens"] = "examples",
     ) -> None:
         if batch_size_unit not in ("examples", "tokens"):
-            raise ValueError(f"`batch_size_unit={batch_size_unit!r}` must be 'examples' or 'tokens'")
+            raise ValueError(f"`batch_size_unit={batch_size_unit!r}` is not known: write 'examples' or 'tokens'")
         size = max_device_batch_size
         if size is not None and (size < 1 if isinstance(size, int) else size != "auto"):
-            raise ValueError(f"`max_device_batch_size={size!r}` must be 1 or more, 'auto', or None for no bound")
+            raise ValueError(f"`max_device_batch_size={size!r}` must be 1 or more, 'auto', or None for no limit")
         self.max_device_batch_size = max_device_batch_size
         self.loader = loader
         self.batch_size_unit = batch_size_unit
@@ -117,7 +121,7 @@ class BatchLRScheduler(Callback):
 
     @property
     def progress(self) -> Progress:
-        """The clock: what has been trained so far."""
+        """The clock: how much has been trained so far."""
         return self._clock.progress
 
     @property
@@ -132,18 +136,18 @@ class BatchLRScheduler(Callback):
 
     @property
     def training_loader(self) -> Any:
-        """The loader that follows the schedule; ``None`` where there is no fit."""
+        """The loader that follows the schedule; ``None`` outside a fit."""
         loader = self._data.loaders.flattened[self._data.index] if self._data is not None else None
         return getattr(loader, "original", loader)
 
     @property
     def handed_out(self) -> int:
-        """Samples before the first example that was not yet handed out to the loader's workers."""
+        """Samples before the first example that the loader's workers have not fetched yet."""
         return self._clock.epoch_start.samples + (self._data.handed_out if self._data else 0)
 
     @property
     def micro_batch(self) -> MicroBatch | None:
-        """What this process puts through the model in the backward pass under way."""
+        """The micro-batch of this process in the current backward pass; ``None`` between steps."""
         splitter = self._splitter
         if not splitter.under_way:
             return None
@@ -152,23 +156,25 @@ class BatchLRScheduler(Callback):
 
     @property
     def corrected(self) -> float:
-        """What the gradients of the step under way were multiplied by to be a mean; 0 where the step had nothing to train."""
+        """The factor that made the gradients of the current step a mean; 0 if the step had nothing to train."""
         return self._splitter.corrected
 
     def estimated_steps(self, trainer: Trainer) -> int:
-        """Optimizer steps of the whole fit, for a scheduler made in ``configure_optimizers``.
+        """The number of optimizer steps of the whole fit, for a scheduler made in ``configure_optimizers``.
 
-        ``trainer.estimated_stepping_batches`` counts every epoch with today's batch size; this follows the schedule.
+        Use it in place of ``trainer.estimated_stepping_batches``, which counts every epoch with the current batch size.
 
         Args:
             trainer: The Trainer, in a fit.
 
         Raises:
-            RuntimeError: Called before the fit has begun (``configure_optimizers`` is the earliest).
-            ValueError: The run has no end, or one that cannot be seen from the training loader.
+            RuntimeError: Called outside a fit.
+            ValueError: The run has no end, or its end does not follow from the training loader.
         """
         if not self.fitting:
-            raise RuntimeError("`estimated_steps` is known from `configure_optimizers` on, in a fit of this Trainer")
+            raise RuntimeError(
+                "`estimated_steps` was called outside a fit, but it is known from `configure_optimizers` on: call it there"
+            )
         load_training_data(trainer)
         if self.plan is None:
             raise ValueError(
@@ -178,11 +184,11 @@ class BatchLRScheduler(Callback):
         return self.plan.steps
 
     def reschedule(self, trainer: Trainer, schedule: JointSchedule) -> None:
-        """Follow another schedule from the first example on that no worker was given yet.
+        """Follow another schedule, from the first example that the workers have not fetched yet.
 
         Args:
             trainer: The Trainer, in a fit.
-            schedule: Equal to the one before up to ``handed_out``.
+            schedule: The new schedule; up to ``handed_out`` samples it must equal the old one.
         """
         self.schedule = schedule
         if self._data is not None:
@@ -194,7 +200,7 @@ class BatchLRScheduler(Callback):
     # --- start of a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the fit, and have Lightning train on loaders that follow the plan."""
+        """Check the fit, and replace the training loaders by loaders that follow the plan."""
         if stage != "fit":
             return
         if sum(isinstance(callback, BatchLRScheduler) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
@@ -211,9 +217,9 @@ class BatchLRScheduler(Callback):
         before_batch_counts(trainer, lambda batch_idx: self._pass(trainer, batch_idx), self._fit.undo)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """See whether the checkpoint can be resumed."""
-        if self.fitting:  # else it is validated or tested
-            if self._data is not None:  # the module asked for its length before the checkpoint was read
+        """Check that the checkpoint can be resumed."""
+        if self.fitting:  # nothing to do for validation and test
+            if self._data is not None:  # the loader was made before the checkpoint was read, with the old clock
                 self._data.close()
                 self.plan = self._data = None
                 forget_training_data(trainer)
@@ -228,7 +234,7 @@ class BatchLRScheduler(Callback):
         self._splitter.load_state_dict(state_dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock, the seed, and the largest micro-batch where one was found: plain integers."""
+        """The clock, the seed, and with ``"auto"`` the largest micro-batch that fitted: plain integers."""
         return self._clock.state_dict() | self._splitter.state_dict() | {"version": VERSION, "seed": self._fit.seed}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -237,7 +243,7 @@ class BatchLRScheduler(Callback):
         state["inside_step"], state["rng"] = self._splitter.under_way, self._start.write(trainer, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the optimizers, and see who owns the learning rates."""
+        """Check the optimizers, and decide who sets the learning rates: this callback or the module."""
         if isinstance(self._splitter, MemoryCeiling):
             check_ceiling(trainer, pl_module)
         check_beside_scheduler(trainer, self.schedule)
@@ -248,7 +254,7 @@ class BatchLRScheduler(Callback):
             self._rates = ScaledRates(trainer.optimizers, lr if isinstance(lr, ScalingRule) else None, self._fit.undo)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what can be checked only now, and set the first learning rate."""
+        """Make the last checks, go on from a checkpoint, and set the first learning rate."""
         fit, data, splitter = self._fit, self._data, self._splitter
         assert data is not None
         check_training(trainer, pl_module, data, self.plan, self.schedule, splitter, fit.undo)
@@ -263,14 +269,14 @@ class BatchLRScheduler(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the learning rate of the epoch's first step."""
         assert self._data is not None
-        if self._data.is_stale():  # the data have changed after Lightning asked for their length
+        if self._data.is_stale():  # the data changed after Lightning read their length
             set_epoch_length(trainer, self._data.index, len(self._data.loaders.flattened[self._data.index]))
         self._look_up()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Open a step, or its next micro-batch."""
+        """Begin a step, or its next micro-batch."""
         fit, splitter = self._fit, self._splitter
-        fit.reload_as_asked(trainer)  # the loader of this epoch is made
+        fit.reload_as_asked(trainer)  # the loader of this epoch exists now
         if fit.first_batch:
             fit.first_batch = False
             varies = self._data is not None and (self._data.cut.by_length or self._data.measure is not None)
@@ -285,9 +291,9 @@ class BatchLRScheduler(Callback):
             self._rates.note()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Weigh the loss so that the step's gradient is the mean over its examples, however they are split."""
+        """Weight the loss, so that the step's gradient is the mean over its examples for any split."""
         self._splitter.note_backward()
-        # Lightning has divided the loss by the number of accumulated batches, and DDP averages over the processes
+        # undo Lightning's division of the loss by the number of accumulated batches; DDP averages over the processes
         weight = self._splitter.weight * trainer.accumulate_grad_batches
         if weight == 0:
             self._fit.after_backward = without_gradient(loss, pl_module.parameters(), trainer.world_size == 1)
@@ -295,22 +301,22 @@ class BatchLRScheduler(Callback):
             loss.register_hook(lambda gradient: gradient * weight)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave out what a loss over nothing has added."""
+        """Remove what the backward pass of a loss without terms has added."""
         self._fit.backward_is_over()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Make the gradient the mean over what was trained."""
+        """Make the gradient the mean over all that was trained in this step."""
         splitter, scaler = self._splitter, getattr(trainer.precision_plugin, "scaler", None)
         splitter.correct(optimizer, scaler)
         nothing = splitter.corrected == 0 or not splitter.has_gradient
-        # a scaler leaves out a step whose last loss is None: it is taken, and clipped, in `_pass`
+        # a loss scaler skips a step whose last loss is None: `_pass` takes this step later, and clips it then
         if nothing or (scaler is not None and not splitter.has_loss and not self._fit.late):
             self._fit.leave_unclipped(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance the clock; log the step that was, set the learning rate of the next."""
+        """Advance the clock, log the step, and set the learning rate of the next one."""
         assert self._data is not None
         examples = self._data.consumed(self._splitter)
         if not self._splitter.end_piece(trainer.is_last_batch):
@@ -318,7 +324,7 @@ class BatchLRScheduler(Callback):
         clock, setting = self._clock, self._setting
         clock.advance(examples, 1)
         self._start.clear()
-        # for the progress bar
+        # a change in an epoch's first step is logged at once, so that the progress bar shows it
         first = clock.progress.step == clock.epoch_start.step + 1 and setting.value != setting.logged
         if first or writes_step(trainer):
             self._log(pl_module, on_step=True, on_epoch=False)
@@ -326,12 +332,12 @@ class BatchLRScheduler(Callback):
             self._look_up()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log beside the validation metrics."""
+        """Log together with the validation metrics."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._log(pl_module, on_step=False, on_epoch=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log beside the epoch's metrics, then put the next epoch's batch size in place."""
+        """Log together with the epoch's metrics, then set the batch size of the next epoch."""
         self._log(pl_module, on_step=False, on_epoch=True)
         clock, data = self._clock, self._data
         if clock.epoch_start.epoch > trainer.current_epoch or data is None:
@@ -344,14 +350,14 @@ class BatchLRScheduler(Callback):
             return
         if data.is_stale() or self._fit.is_due(data, clock.loader_start.epoch):
             self._fit.reload(trainer)
-        self._look_up()  # before the others' `on_train_epoch_start`: LearningRateMonitor reads the rate there
+        self._look_up()  # LearningRateMonitor reads the rate in `on_train_epoch_start`, maybe before this callback
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave everything as it was: Lightning does not call ``teardown`` then."""
+        """Restore everything: after an exception Lightning does not call ``teardown``."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the Trainer, the loaders and the optimizers as they were."""
+        """Restore the Trainer, the loaders and the optimizers."""
         if stage != "fit":
             return
         self._fit.end()
@@ -362,7 +368,7 @@ class BatchLRScheduler(Callback):
     # --- parts
 
     def _loaders(self, trainer: Trainer, pl_module: LightningModule, ask: Callable[[], Any]) -> Any:
-        """What Lightning is to train on, whenever it asks for the training loaders."""
+        """The training loaders that Lightning gets, each time it asks for them."""
         fit, clock, data = self._fit, self._clock, self._data
         if data is not None:
             return data.again(ask, fit.is_due(data, clock.loader_start.epoch))
@@ -372,7 +378,7 @@ class BatchLRScheduler(Callback):
         return data.loaders
 
     def _open(self, trainer: Trainer, batch_idx: int, batch: Any) -> None:
-        """Begin a micro-batch, and the step if it is its first."""
+        """Begin a micro-batch, and before its first one the step."""
         assert self._data is not None
         batch_size = self._setting.value.batch_size
         if not self._splitter.under_way:
@@ -382,22 +388,22 @@ class BatchLRScheduler(Callback):
         trainer.accumulate_grad_batches = self._splitter.windows(batch_idx)
 
     def _pass(self, trainer: Trainer, batch_idx: int) -> bool:
-        """A batch is over, trained or not, and Lightning has not counted it yet; return whether it was given to be trained."""
-        given = self._splitter.piece_begun
-        if not given:  # it is None
+        """Finish a batch before Lightning counts it; return whether it was trained (a batch that is ``None`` is not)."""
+        trained = self._splitter.piece_begun
+        if not trained:
             self._open(trainer, batch_idx, None)
         self._fit.clip_again(trainer)
         self._fit.late = True
-        self._splitter.step_where_lightning_does_not(trainer, batch_idx, given)
+        self._splitter.step_where_lightning_does_not(trainer, batch_idx, trained)
         self._fit.late = False
-        return given
+        return trained
 
     def _look_up(self) -> None:
         """Look up the next step and set its learning rate."""
         assert self._data is not None
         clock = self._clock
         if clock.finished or (self.plan is not None and clock.progress.step >= self.plan.steps):
-            return  # a loader may go on for longer than could be seen: then the last rate stays
+            return  # a loader may have more batches than its length says: then the last rate stays
         self._setting.look_up(self.schedule, clock.progress, self._data.sizes_at())
         if self._rates is not None:
             self._rates.apply(self._setting.value)

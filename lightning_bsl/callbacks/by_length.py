@@ -1,4 +1,4 @@
-"""Whether the lengths of examples are known, and what of a step goes by them."""
+"""The lengths of the examples, and whether steps are divided by length or counted in tokens."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, Permutation
 
 
 def lengths_of(datamodule: Any, loader: DataLoader[Any]) -> Lengths | None:
-    """The lengths of the scheduled loader's examples: its sampler has them, or the DataModule that it is of.
+    """The lengths of the scheduled loader's examples, from its sampler or from the DataModule; ``None`` if not known.
 
     Args:
-        datamodule: Of the Trainer, if there is one.
-        loader: The loader.
+        datamodule: The DataModule of the Trainer, if there is one.
+        loader: The scheduled loader.
 
     Raises:
-        MisconfigurationException: The DataModule has lengths, and its loader is over another data set.
+        MisconfigurationException: The DataModule has lengths, but its loader is over another data set.
     """
     if isinstance(loader.batch_sampler, GlobalBatchSampler):
         return loader.batch_sampler.lengths
-    own = datamodule if isinstance(datamodule, BatchSizeDataModule) else None
-    if own is None or (own.lengths is None and own.max_device_tokens is None):
+    if not isinstance(datamodule, BatchSizeDataModule) or (datamodule.lengths is None and datamodule.max_device_tokens is None):
         return None
-    if loader.dataset is own.train_set:
-        return own.known_lengths()
+    if loader.dataset is datamodule.train_set:
+        return datamodule.known_lengths()
     raise MisconfigurationException(
         "`lengths` are those of the DataModule's `train_set`, but its `train_dataloader` gives a loader over another data "
         "set: give the data set as `train`, or set it as `train_set` in `setup`; or leave `lengths` out"
@@ -36,56 +35,55 @@ def lengths_of(datamodule: Any, loader: DataLoader[Any]) -> Lengths | None:
 
 
 def cuts_by_length(lengths: Lengths | None, order: Any, cut: Cut, whole: bool) -> bool:
-    """Whether steps are dealt and cut by length.
+    """Whether steps are divided by length.
 
     Args:
-        lengths: Of the examples, where they are known.
+        lengths: Lengths of the examples, if they are known.
         order: The order of the examples.
-        cut: How steps are cut else.
-        whole: Whether the loader gives whole steps.
+        cut: How steps are divided otherwise.
+        whole: Whether the loader gives whole steps (``max_device_batch_size="auto"``).
 
     Raises:
-        MisconfigurationException: ``max_device_tokens`` where steps cannot be cut by it.
-        ValueError: Lengths that cannot be.
+        MisconfigurationException: ``max_device_tokens`` in a fit whose steps cannot be divided by it.
+        ValueError: Lengths that are not valid.
     """
     if lengths is None:
         return False
     tokens, ahead = lengths.max_device_tokens, isinstance(order, Permutation)
     if ahead and (whole or tokens or cut.max_device_batch_size or cut.world_size > 1):
-        _ = lengths.values  # the errors of lengths that are needed come now
+        _ = lengths.values  # read them now, so that errors come before training
     if tokens is None:
         return ahead and not whole and cut.accumulate == 1
     bound = f"`max_device_tokens={tokens}`"
     if whole:
         raise MisconfigurationException(
-            f"{bound} and `max_device_batch_size='auto'` both say how much of a step goes through the model at once: leave "
-            "`max_device_tokens` out to have it found, or `max_device_batch_size` to have it as you say"
+            f"{bound} and `max_device_batch_size='auto'` both limit a micro-batch: leave out `max_device_tokens` to find the "
+            "limit automatically, or `max_device_batch_size` to use your limit"
         )
     if cut.accumulate > 1:
         raise MisconfigurationException(
-            f"`accumulate_grad_batches={cut.accumulate}` and {bound} both say how a step is cut. Write "
-            "`accumulate_grad_batches=1`"
+            f"`accumulate_grad_batches={cut.accumulate}` and {bound} both split a step. Write `accumulate_grad_batches=1`"
         )
     if not ahead:
         raise MisconfigurationException(
-            f"the training loader has a sampler of its own, so it is not known ahead which examples {bound} puts together: "
-            "use `shuffle` in the place of the sampler, or leave `max_device_tokens` out"
+            f"the training loader has a sampler of its own, so the order of the examples is not known before the run, and "
+            f"{bound} cannot be planned: use `shuffle` in place of the sampler, or leave `max_device_tokens` out"
         )
     return True
 
 
 def check_tokens(lengths: Lengths | None, order: Any, cut: Cut, loaders: int) -> None:
-    """Refuse batch sizes in tokens where it is not known ahead how many examples they are.
+    """Refuse batch sizes in tokens if the examples of each step are not known before the run.
 
     Args:
-        lengths: Of the examples, where they are known.
+        lengths: Lengths of the examples, if they are known.
         order: The order of the examples.
-        cut: How steps are cut.
-        loaders: Training loaders.
+        cut: How steps are divided.
+        loaders: Number of training loaders.
 
     Raises:
-        MisconfigurationException: It is not known.
-        ValueError: Lengths that cannot be.
+        MisconfigurationException: The examples of each step are not known before the run.
+        ValueError: Lengths that are not valid.
     """
     remedy = 'or leave out `batch_size_unit="tokens"` and write batch sizes in examples'
     if lengths is None:
@@ -95,17 +93,17 @@ def check_tokens(lengths: Lengths | None, order: Any, cut: Cut, loaders: int) ->
         )
     if loaders > 1:
         raise MisconfigurationException(
-            f'`batch_size_unit="tokens"` with {loaders} training loaders: how many steps an epoch has is not known ahead. '
-            f"Give one loader, {remedy}"
+            f'`batch_size_unit="tokens"` with {loaders} training loaders: the number of steps of an epoch is not known before '
+            f"the run. Give one loader, {remedy}"
         )
     if not isinstance(order, Permutation):
         raise MisconfigurationException(
-            "the training loader has a sampler of its own, so it is not known ahead how many tokens each step has: use "
-            f"`shuffle` in the place of the sampler, {remedy}"
+            "the training loader has a sampler of its own, so the order of the examples is not known before the run: use "
+            f"`shuffle` in place of the sampler, {remedy}"
         )
     if cut.accumulate > 1:
         raise MisconfigurationException(
             f'`accumulate_grad_batches={cut.accumulate}` with `batch_size_unit="tokens"`: the batch size is already '
             "that of a whole step. Write `accumulate_grad_batches=1`"
         )
-    _ = lengths.values  # their errors come now
+    _ = lengths.values  # read them now, so that errors come before training

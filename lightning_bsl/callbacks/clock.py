@@ -1,4 +1,4 @@
-"""How far a run has come, and what its next step is taken with."""
+"""The clock of a run, and the batch size and learning rate of its next step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _UNITS = ("epoch", "step", "samples")
 
 
 class RunClock:
-    """The progress of a run, and that of the start of its epoch.
+    """The progress of a run, now and at the start of the current epoch.
 
     Attributes:
-        progress: What has been trained so far.
-        epoch_start: The progress at the start of the epoch under way.
-        loader_start: The progress at the start of the epoch that the loader serves. It stays at the last epoch when the run is
-            over, as Lightning asks the loader for its length once more, and there may be no next epoch to measure.
-        end: Where the run ends: as far as the Trainer bounds it.
-        begun_at: The step at which this fit began, or goes on.
+        progress: The progress now.
+        epoch_start: The progress at the start of the current epoch.
+        loader_start: The progress at the start of the epoch that the loader serves. After the end of the run it stays at the
+            last epoch: Lightning reads the length of the loader once more, and a next epoch may not exist.
+        end: The end of the run, from the Trainer's settings.
+        begun_at: The step at which this fit began or resumed.
 
     Example:
         >>> clock = RunClock()
@@ -39,7 +39,7 @@ class RunClock:
 
     @property
     def behind(self) -> int:
-        """Examples of the epoch under way that have been trained."""
+        """Examples of the current epoch that have been trained."""
         return self.progress.samples - self.epoch_start.samples
 
     @property
@@ -52,52 +52,52 @@ class RunClock:
         self.progress = self.epoch_start = self.loader_start = Progress()
 
     def begin(self, end: Horizon, horizon: Horizon) -> None:
-        """Begin a fit: of a new run, or of one that goes on.
+        """Begin a fit, of a new run or of a run that goes on.
 
         Args:
-            end: Where the run ends.
-            horizon: Its length in each unit, as far as it is known, for schedules over a fraction of it.
+            end: The end of the run.
+            horizon: Length of the run in each unit, as far as it is known.
         """
         self.end = end
         self.begun_at = self.progress.step
-        self.epoch_start = self.progress  # Lightning begins an epoch anew that an exception ended
+        self.epoch_start = self.progress  # after an exception inside an epoch Lightning starts the epoch again
         self.set_horizon(horizon)
         if not self.finished:
             self.loader_start = self.epoch_start
 
     def set_horizon(self, horizon: Horizon) -> None:
-        """Say how long the run is in each unit."""
+        """Set the length of the run in each unit, for schedules over a fraction of it."""
         self.epoch_start = self.epoch_start._replace(horizon=horizon)
         self.loader_start = self.loader_start._replace(horizon=horizon)
         self.progress = self.progress._replace(horizon=horizon)
 
     def advance(self, examples: int, steps: int) -> None:
-        """Count what was trained.
+        """Count trained examples and steps.
 
         Args:
-            examples: Over all processes.
-            steps: Optimizer steps.
+            examples: Number of examples, over all processes.
+            steps: Number of optimizer steps.
         """
         self.progress = self.progress.advance(examples, steps)
 
     def next_epoch(self) -> None:
-        """Count an epoch as ended."""
+        """Count a completed epoch."""
         self.epoch_start = self.progress = self.progress.next_epoch()
         if not self.finished:
             self.loader_start = self.epoch_start
 
     def state_dict(self) -> dict[str, Any]:
-        """Both readings and the horizon: plain integers."""
-        clocks = {"epoch_start": self.epoch_start, "progress": self.progress}
-        state = {name: {unit: getattr(clock, unit) for unit in _UNITS} for name, clock in clocks.items()}
+        """Current progress, start of the epoch, and horizon: plain integers."""
+        readings = {"epoch_start": self.epoch_start, "progress": self.progress}
+        state = {name: {unit: getattr(reading, unit) for unit in _UNITS} for name, reading in readings.items()}
         return state | {"horizon": asdict(self.progress.horizon)}
 
     def load_state_dict(self, state: dict[str, Any], epoch_ended: bool = False) -> None:
-        """Restore both readings; the horizon stays that of this fit.
+        """Restore the progress and the start of the epoch; the horizon stays that of this fit.
 
         Args:
-            state: What ``state_dict`` returned.
-            epoch_ended: Whether Lightning goes on with the next epoch though it was not counted yet.
+            state: The value of ``state_dict``.
+            epoch_ended: Whether Lightning goes on with the next epoch, although the last one is not counted yet.
         """
         horizon = self.progress.horizon
         self.epoch_start = Progress(**state["epoch_start"], horizon=horizon)
@@ -110,12 +110,12 @@ class RunClock:
 
 
 class StepSetting:
-    """What the step to come is taken with; looked up no more often than it may change.
+    """Batch size and learning rate of the next step. They are evaluated only at steps at which they may change.
 
     Attributes:
         value: Batch size and learning rate.
-        settled_until: The step at which they may next change, inside the epoch.
-        logged: The setting that was logged last.
+        settled_until: The next step of the epoch at which they may change.
+        logged: The value that was logged last.
     """
 
     def __init__(self) -> None:
@@ -123,13 +123,13 @@ class StepSetting:
         self.settled_until: float = 0
 
     def look_up(self, schedule: JointSchedule, progress: Progress, sizes_at: Progress) -> None:
-        """Ask the schedules.
+        """Evaluate the schedules.
 
         Args:
             schedule: Batch size and learning rate.
             progress: The progress before the step.
-            sizes_at: The progress at which the batch size is asked: the same, or the epoch's start where the batch size can
-                change only there.
+            sizes_at: The progress at which the batch size is evaluated: the same, or the start of the epoch if the batch size
+                can change only there.
         """
         batch_size = schedule.batch_size_at(sizes_at)
         self.value = BatchLR(batch_size, schedule.lr_at(progress, batch_size))
@@ -141,15 +141,15 @@ class StepSetting:
     def log(
         self, module: LightningModule, lr: float, samples: int, tokens_per_sample: int | None, on_step: bool, on_epoch: bool
     ) -> None:
-        """Log the setting and the samples.
+        """Log batch size, learning rate and samples.
 
         Args:
             module: The LightningModule.
-            lr: What the first param group was trained with.
+            lr: Learning rate of the first param group.
             samples: Examples consumed so far.
-            tokens_per_sample: Tokens of an example, where they are to be logged too.
-            on_step: As of ``LightningModule.log``.
-            on_epoch: As of ``LightningModule.log``.
+            tokens_per_sample: Tokens of an example; if given, ``tokens`` is logged too.
+            on_step: As for ``LightningModule.log``.
+            on_epoch: As for ``LightningModule.log``.
         """
         self.logged = self.value
         values = {"batch_size": self.value.batch_size, "lr": lr, "samples": samples}
@@ -158,7 +158,7 @@ class StepSetting:
         for name, value in values.items():
             module.log(
                 name,
-                torch.tensor(value, dtype=torch.float64),  # float32 counts examples only up to 2**24
+                torch.tensor(value, dtype=torch.float64),  # float32 holds exact counts only up to 2**24
                 prog_bar=name not in ("samples", "tokens"),
                 on_step=on_step,
                 on_epoch=on_epoch,

@@ -1,4 +1,4 @@
-"""What cannot work beside a scheduled batch size, and what to write instead."""
+"""Checks of settings that do not work with a scheduled batch size. Each error says what to write instead."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ from lightning_bsl.schedules import Constant, JointSchedule, Plan, ScalingRule
 
 
 def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule, max_device_batch_size: object) -> None:
-    """Refuse what can be seen in ``setup``.
+    """Refuse settings that cannot work, as far as ``setup`` can see them.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        schedule: Batch size and learning rate.
+        max_device_batch_size: The argument of ``BatchLRScheduler``.
 
     Raises:
-        MisconfigurationException: Something in the fit cannot work.
+        MisconfigurationException: A setting cannot work.
     """
     _refuse_company(trainer, schedule)
     accumulate = trainer.accumulate_grad_batches
@@ -42,18 +48,18 @@ def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule
         )
     if accumulate != 1 and max_device_batch_size is not None:
         raise MisconfigurationException(
-            f"`accumulate_grad_batches={accumulate}` and `max_device_batch_size={max_device_batch_size!r}` both say how a step "
-            "is cut. Write `accumulate_grad_batches=1`"
+            f"`accumulate_grad_batches={accumulate}` and `max_device_batch_size={max_device_batch_size!r}` both split a step. "
+            "Write `accumulate_grad_batches=1`"
         )
     if not pl_module.automatic_optimization and trainer.max_steps != -1:
         raise MisconfigurationException(
-            f"with manual optimization `max_steps={trainer.max_steps}` counts the calls of `optimizer.step`, and nobody knows "
-            "how many of them a batch makes, so the end of the run is not known. Bound it by `max_epochs`, with "
-            "`limit_train_batches` for a part of an epoch, or by `max_time`"
+            f"with manual optimization `max_steps={trainer.max_steps}` counts the calls of `optimizer.step`. Their number per "
+            "batch is not known, so the end of the run is not known. Bound it by `max_epochs` (with `limit_train_batches` for "
+            "a part of an epoch), or by `max_time`"
         )
     if has_loss_terms(pl_module) and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
-            "`training_step(dataloader_iter)` fetches its batches itself, so `loss_terms(batch)` cannot be asked before the "
+            "`training_step(dataloader_iter)` fetches its batches itself, so `loss_terms(batch)` cannot be called before the "
             "backward pass: write `training_step(batch)`"
         )
     if max_device_batch_size == "auto":
@@ -63,7 +69,8 @@ def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule
 def _refuse_auto(trainer: Trainer, pl_module: LightningModule) -> None:
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            "with manual optimization nobody can repeat a step that ran out of memory: leave out `max_device_batch_size='auto'`"
+            "with manual optimization a step that ran out of memory cannot be repeated: write a batch size that fits, and "
+            "leave out `max_device_batch_size='auto'`"
         )
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
@@ -76,38 +83,38 @@ def _refuse_company(trainer: Trainer, schedule: JointSchedule) -> None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         raise MisconfigurationException(
-            "GradientAccumulationScheduler changes the batch of an optimizer step behind BatchLRScheduler's back; remove "
-            "it and write the growth as `BatchLRScheduler(batch_size=...)`"
+            "GradientAccumulationScheduler and BatchLRScheduler would both change the batch of an optimizer step; remove it "
+            "and write the growth as `BatchLRScheduler(batch_size=...)`"
         )
     if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
         raise MisconfigurationException(
-            "BatchSizeFinder sets the batch size that BatchLRScheduler schedules; remove it and bound the schedule with "
+            "BatchSizeFinder and BatchLRScheduler would both set the batch size; remove it and bound the schedule with "
             "`maximum=...`"
         )
     if schedule.lr is not None and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise MisconfigurationException(
-            f"StochasticWeightAveraging and BatchLRScheduler(lr={schedule.lr}) would both set the rate; write "
+            f"StochasticWeightAveraging and BatchLRScheduler(lr={schedule.lr}) would both set the learning rate; write "
             "`lr=None`, or leave one of the two out"
         )
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
-            "DeepSpeed's engine divides the loss and takes its steps by numbers of its own, which BatchLRScheduler does not "
-            "set; use `strategy='ddp'`"
+            "DeepSpeed's engine splits steps and scales the loss with its own settings, which BatchLRScheduler does not "
+            "change; use `strategy='ddp'`"
         )
 
 
 def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, plan: Plan | None, largest: int) -> None:
-    """Look at what splitting steps into micro-batches does to the rest of the fit.
+    """Check that the fit works if steps are split into micro-batches.
 
     Args:
         trainer: The Trainer.
         pl_module: The LightningModule.
         data: The training data.
         plan: The plan of the run, if there is one.
-        largest: Examples of the run's largest step.
+        largest: The largest batch size of the run.
 
     Raises:
-        MisconfigurationException: Steps will be split and something in the fit cannot bear it.
+        MisconfigurationException: Steps will be split, and a setting does not allow it.
     """
     cut = data.cut
     if data.most_batches(largest) == 1 or not (plan is None or data.splits(plan)):
@@ -125,39 +132,38 @@ def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, 
     if limited and not (whole and all(size % (cut.accumulate * cut.world_size) == 0 for size in sizes)):
         by = f"accumulate_grad_batches={cut.accumulate}" if cut.accumulate > 1 else cap
         raise MisconfigurationException(
-            f"`limit_train_batches={limit}` counts micro-batches where `{by}` "
-            "splits the steps, and would end inside one; write `BatchSizeDataModule(samples_per_epoch=...)` or "
-            "`Trainer(max_steps=...)`"
+            f"`limit_train_batches={limit}` counts micro-batches, since `{by}` splits the steps, so an epoch would end inside "
+            "a step; write `BatchSizeDataModule(samples_per_epoch=...)` or `Trainer(max_steps=...)`"
         )
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            f"with manual optimization nobody can split a step of {largest} "
-            f"{data.measure.unit if data.measure else 'examples'} into micro-batches (`{cap}`); leave out `{cap.split('=')[0]}`"
+            f"with manual optimization a step of {largest} {data.measure.unit if data.measure else 'examples'} cannot be split "
+            f"into micro-batches (`{cap}`); leave out `{cap.split('=')[0]}`"
         )
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
-            f"LBFGS evaluates a step's batch several times, which steps in micro-batches do not allow (`{cap}`): leave out "
-            f"`{cap.split('=')[0]}`, or write `max_device_batch_size='auto'`"
+            f"LBFGS evaluates a step's batch several times, so the step cannot be split into micro-batches (`{cap}`): leave "
+            f"out `{cap.split('=')[0]}`, or write `max_device_batch_size='auto'`"
         )
     _check_beside(trainer, data, plan, cap.split("=")[0])
     if any(isinstance(module, _BatchNorm) for module in pl_module.modules()) and (cut.max_device_batch_size or tokens):
         rank_zero_warn(
             f"the model has BatchNorm, whose statistics are those of a micro-batch: steps of more than "
             f"{cut.max_device_batch_size if tokens is None else tokens} {'examples' if tokens is None else 'padded tokens'} a "
-            "process will not train exactly as in one piece"
+            "process will not train exactly as without micro-batches"
         )
 
 
 def _batches(data: DataSource, plan: Plan | None) -> Counter[int]:
-    """The micro-batches of each epoch of a plan."""
+    """The number of micro-batches of each epoch of a plan."""
     batches: Counter[int] = Counter()
-    for run, start in plan.runs_of_epochs() if plan else ():
-        batches[run.start.epoch] += data.batches(run, start)
+    for stretch, start in plan.stretches_of_epochs() if plan else ():
+        batches[stretch.start.epoch] += data.batches(stretch, start)
     return batches
 
 
 def _check_beside(trainer: Trainer, data: DataSource, plan: Plan | None, cap: str) -> None:
-    """Refuse an epoch that another loader ends inside a step."""
+    """Refuse a run in which another loader would end an epoch inside a step."""
     epoch = data.epoch(trainer)
     beside = epoch.beside if epoch else None
     if beside is None or not beside.lengths:
@@ -166,13 +172,16 @@ def _check_beside(trainer: Trainer, data: DataSource, plan: Plan | None, cap: st
     for number, count in _batches(data, plan).items():
         if ends(count, other) != count:
             raise MisconfigurationException(
-                f"in epoch {number} another loader, of {other} batches, decides how long the epoch is, and may end it inside a "
+                f"in epoch {number} another loader, of {other} batches, sets the length of the epoch, and may end it inside a "
                 f"step that is split into micro-batches. Leave out `{cap}`, or give that loader another length"
             )
 
 
 class _OneExample:
-    """Looks, at the first batch, whether BatchNorm would fail on one example: what an example gives it is known only there."""
+    """A hook that checks, at the first batch, whether BatchNorm would fail on a batch of one example.
+
+    Only then it is known how many values per channel one example has.
+    """
 
     def __init__(self, splitter: StepSplitter, message: str) -> None:
         self.splitter, self.message = splitter, message
@@ -181,7 +190,7 @@ class _OneExample:
     def __call__(self, module: Module, inputs: tuple[Tensor, ...]) -> None:
         if not module.training or not self.splitter.under_way:
             return
-        values = inputs[0].numel() // inputs[0].shape[1]  # of each channel
+        values = inputs[0].numel() // inputs[0].shape[1]  # per channel
         if values <= self.splitter.micro_batch:
             raise MisconfigurationException(self.message)
         self.hooks[module].remove()
@@ -190,33 +199,33 @@ class _OneExample:
 def check_batch_norm(
     pl_module: LightningModule, data: DataSource, plan: Plan | None, splitter: StepSplitter, undo: ExitStack
 ) -> None:
-    """Have the first step fail where BatchNorm would fail on a later one: it needs two values of each channel.
+    """Make the first step fail if BatchNorm would fail at a later step: it needs two values per channel.
 
     Args:
         pl_module: The LightningModule.
         data: The training data.
         plan: The plan of the run, if there is one.
-        splitter: Knows the examples of the batch under way.
-        undo: Takes the hooks off again when it is closed.
+        splitter: Knows the number of examples of the current batch.
+        undo: Removes the hooks when it is closed.
     """
-    kinds = [each for each in pl_module.modules() if isinstance(each, _BatchNorm) and not isinstance(each, SyncBatchNorm)]
-    for run, start in plan.runs_of_epochs() if plan and kinds else ():
-        for size, sizes in data.sizes(run, start):
+    layers = [layer for layer in pl_module.modules() if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)]
+    for stretch, start in plan.stretches_of_epochs() if plan and layers else ():
+        for size, sizes in data.sizes(stretch, start):
             if min(sizes) <= 1:
                 check = _OneExample(
                     splitter,
-                    f"in epoch {run.start.epoch} a step has {size} example{'s' * (size > 1)}, so that a batch of one example "
-                    "is trained, and BatchNorm needs two. Leave out the last, short step (`drop_last=True`), or choose other "
-                    "batch sizes or another `max_device_batch_size`",
+                    f"in epoch {stretch.start.epoch} a step has {size} example{'s' * (size > 1)}, so a batch of one example is "
+                    "trained, and BatchNorm needs two. Leave out the short last step (`drop_last=True`), or write other batch "
+                    "sizes or another `max_device_batch_size`",
                 )
-                for module in kinds:
-                    check.hooks[module] = module.register_forward_pre_hook(check)
-                    undo.callback(check.hooks[module].remove)
+                for layer in layers:
+                    check.hooks[layer] = layer.register_forward_pre_hook(check)
+                    undo.callback(check.hooks[layer].remove)
                 return
 
 
 def check_grows(trainer: Trainer, data: DataSource, plan: Plan | None, schedule: JointSchedule) -> None:
-    """Say so where the batch size changes between epochs alone and there is no second epoch.
+    """Warn if the batch size changes only between epochs and there is no second epoch.
 
     Args:
         trainer: The Trainer.
@@ -232,7 +241,7 @@ def check_grows(trainer: Trainer, data: DataSource, plan: Plan | None, schedule:
         and (trainer.max_epochs == 1 or endless or (plan is not None and plan.epochs <= 1))
     ):
         rank_zero_warn(
-            f"the batch size of this training loader changes between epochs alone, and the run has "
+            f"the batch size of this training loader changes only between epochs, and the run has "
             f"{'an epoch without a known end' if endless else 'one epoch'}, so it may never change. To grow inside an epoch, "
             "give a DataLoader over a data set with `__len__` and `__getitem__`, without a `batch_sampler`"
         )
@@ -247,7 +256,7 @@ def check_training(
     splitter: StepSplitter,
     undo: ExitStack,
 ) -> None:
-    """Refuse what can be seen in ``on_train_start``, and warn of the rest.
+    """Refuse settings that cannot work, as far as ``on_train_start`` can see them, and warn of others.
 
     Args:
         trainer: The Trainer.
@@ -255,11 +264,11 @@ def check_training(
         data: The training data.
         plan: The plan of the run, if there is one.
         schedule: Batch size and learning rate.
-        splitter: Cuts the steps.
-        undo: Takes off, when it is closed, what looks at the first batch.
+        splitter: Splits the steps.
+        undo: Removes the hooks for the first batch when it is closed.
 
     Raises:
-        MisconfigurationException: Something in the fit cannot work.
+        MisconfigurationException: A setting cannot work.
     """
     check_grows(trainer, data, plan, schedule)
     sizes = [stage.batch_size for stage in plan.stages] if plan else []
@@ -271,7 +280,7 @@ def check_training(
 
 
 def check_ceiling(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse to look for the memory ceiling where the processes meet inside the model.
+    """Refuse ``max_device_batch_size="auto"`` if the processes communicate inside the model.
 
     Raises:
         MisconfigurationException: The model has SyncBatchNorm and there are several processes.
@@ -284,7 +293,7 @@ def check_ceiling(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def check_beside_scheduler(trainer: Trainer, schedule: JointSchedule) -> None:
-    """Refuse two owners of one learning rate: a scaling rule multiplies what a scheduler sets, all else replaces it.
+    """Refuse two owners of one learning rate. (A scaling rule is allowed: it multiplies the rates of a scheduler.)
 
     Raises:
         MisconfigurationException: The module has a scheduler, and ``lr`` is neither ``None`` nor a scaling rule.
@@ -299,15 +308,15 @@ def check_beside_scheduler(trainer: Trainer, schedule: JointSchedule) -> None:
 
 
 def refuse_sharded(trainer: Trainer, name: str, needs: str) -> None:
-    """Refuse strategies of which no process holds the whole model.
+    """Refuse strategies with which no process holds the whole model.
 
     Args:
         trainer: The Trainer.
-        name: What cannot work with them.
-        needs: What it needs whole.
+        name: Name of the callback that does not work with them.
+        needs: What this callback needs whole, such as "gradients".
 
     Raises:
-        MisconfigurationException: The strategy is one of these.
+        MisconfigurationException: The Trainer has such a strategy.
     """
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
@@ -317,7 +326,7 @@ def refuse_sharded(trainer: Trainer, name: str, needs: str) -> None:
 
 
 def check_val_interval(trainer: Trainer, data: DataSource, plan: Plan | None) -> None:
-    """Refuse an interval between validations that a later, larger batch would leave no room for.
+    """Refuse an interval between validations that is longer than a later epoch.
 
     Args:
         trainer: The Trainer.
@@ -333,14 +342,14 @@ def check_val_interval(trainer: Trainer, data: DataSource, plan: Plan | None) ->
     whole = [count for epoch, count in _batches(data, plan).items() if epoch < int(plan.epochs + 1e-4)]
     if interval > (batches := min(whole, default=interval)):
         raise MisconfigurationException(
-            f"`val_check_interval={interval}` counts batches, but as the batch size grows an epoch will have only "
+            f"`val_check_interval={interval}` counts batches, but when the batch size has grown an epoch will have only "
             f"{batches} of them; write a fraction (1.0 for the end of the epoch), or `check_val_every_n_epoch=None` to "
             "count over all epochs"
         )
 
 
 def check_same_on_all_processes(trainer: Trainer, plan: Plan | None, data: DataSource) -> None:
-    """Refuse plans that differ between the processes, which would then wait for each other forever, and orders that differ.
+    """Refuse plans and orders of examples that differ between the processes: these would wait for each other forever.
 
     Args:
         trainer: The Trainer.
@@ -348,17 +357,17 @@ def check_same_on_all_processes(trainer: Trainer, plan: Plan | None, data: DataS
         data: The training data.
 
     Raises:
-        MisconfigurationException: This process has another plan or order than the first, or another process has.
+        MisconfigurationException: The plan, the order or the lengths of the examples differ.
     """
     if trainer.world_size == 1:
         return
     remedies = {
         "the processes do not plan the same batch sizes and learning rates: the schedule, or the length of the training "
-        "set, differs between them. Make both depend on nothing that a process measures or reads for itself": plan,
+        "set, differs between them. Make both the same on every process": plan,
         "the sampler of the training loader gives another order on each process, but the processes share every step: "
-        "give it the same seed everywhere, and let it give all examples, not one process's part": data.drawn(),
-        "the lengths of the training examples differ between the processes, which would not cut the same steps: make `lengths` "
-        "depend on the example alone": data.lengths.digest if data.lengths is not None else None,
+        "give it the same seed on every process, and let it give all examples, not one process's part": data.drawn(),
+        "the lengths of the training examples differ between the processes, so they would split a step differently: make "
+        "`lengths` depend only on the example": data.lengths.digest if data.lengths is not None else None,
     }
     for message, value in remedies.items():
         digest = hashlib.sha256(repr(value).encode()).hexdigest()

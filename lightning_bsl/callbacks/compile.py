@@ -1,4 +1,4 @@
-"""What ``torch.compile`` is told of a batch size that changes."""
+"""A hint for ``torch.compile`` that the batch size will change."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import Tensor
 
 
 def expect_other_sizes(batch: Any) -> None:
-    """Have whatever is compiled for this batch compiled for batches of other sizes too.
+    """Mark the first dimension of all tensors of a batch as dynamic.
 
-    Else the first batch is compiled for its own size, and the second, of another size, for all of them. A hint: what
-    cannot be compiled so is compiled as without it. One batch is enough, as ``torch.compile`` remembers.
+    Otherwise ``torch.compile`` compiles the first batch for its own size, and compiles again at the second size. It is only a
+    hint: a graph that cannot be compiled this way is compiled as without it. One batch is enough.
+
+    Args:
+        batch: The first batch of a fit.
     """
     apply_to_collection(batch, Tensor, _mark, allow_frozen=True)
 

@@ -1,4 +1,4 @@
-"""What one fit changes, and how one goes on from a checkpoint."""
+"""The settings that a fit changes and restores, its plan, and the resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from lightning_bsl.callbacks.sources import DataSource
 from lightning_bsl.schedules import Horizon, JointSchedule, Plan, plan
 from lightning_bsl.schedules.plan import Beside, EpochLength, Measure, check_fits
 
-VERSION = 3  # of what is saved in checkpoints
+VERSION = 3  # format of the state in checkpoints
 
 
 @dataclass
 class Fit:
-    """What one fit changes in the Trainer, and what it must remember to put back.
+    """The state of one fit, and the Trainer's settings that it changes and restores.
 
     Args:
-        active: Whether it is under way.
-        asks: What the user asked of the Trainer.
-        undo: Puts back what was changed when it is closed.
+        active: Whether the fit is running.
+        asks: The user's settings of the Trainer.
+        undo: Restores all changes when it is closed.
         seed: Seed of the order of the examples.
-        tokens_per_sample: As of the DataModule.
-        in_tokens: Whether batch sizes are in tokens.
-        first_batch: Whether the first batch is still to come.
-        resumed: What the checkpoint says that it goes on from.
-        after_backward: To be closed after the backward pass under way.
-        clip: The ``gradient_clip_val`` of the Trainer, while a step is not clipped.
-        late: Whether a step is taken that Lightning has left out.
+        tokens_per_sample: The attribute of the DataModule.
+        in_tokens: Whether batch sizes count tokens.
+        first_batch: Whether no batch has been trained yet.
+        resumed: The checkpoint from which the fit resumes, if there is one.
+        after_backward: To be closed after the current backward pass.
+        clip: The user's ``gradient_clip_val``, while clipping is switched off for a step.
+        late: Whether the current step is one that Lightning skipped.
     """
 
     active: bool = False
@@ -63,7 +63,12 @@ class Fit:
 
     @classmethod
     def begin(cls, trainer: Trainer, clock: RunClock) -> Fit:
-        """Begin a fit, or go on with one in the same Trainer: note its settings that change, and set the clock's bounds."""
+        """Begin a fit: remember the Trainer's settings, and set the end of the clock.
+
+        Args:
+            trainer: The Trainer.
+            clock: The clock of the run.
+        """
         every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         fit = cls(True, Asks(trainer.accumulate_grad_batches, every))
         fit.seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
@@ -74,34 +79,34 @@ class Fit:
         if trainer.global_step == 0:
             clock.reset()
         end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
-        # a smoke test of the run's beginning, whose length Lightning has overwritten, is given a length without end
+        # with `fast_dev_run` Lightning overwrites the length of the run, so schedules get a very long one
         whole_run = Horizon(10**9, 10**12, 10**15) if trainer.fast_dev_run else end  # type: ignore[attr-defined]
         clock.begin(end, replace(whole_run, tokens_per_sample=fit.tokens_per_sample))
         return fit
 
     def is_due(self, data: DataSource, epoch: int) -> bool:
-        """Whether the user wants his loaders to be asked for again in ``epoch``."""
+        """Whether the user wants new loaders in ``epoch`` (``reload_dataloaders_every_n_epochs``)."""
         return self.asks.every > 0 and epoch - data.asked_at >= self.asks.every
 
     def reload(self, trainer: Trainer) -> None:
-        """Have Lightning ask for the training loader again, so that all its counts follow the new length."""
+        """Make Lightning ask for the training loader again, so that its counts follow the new length."""
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def reload_as_asked(self, trainer: Trainer) -> None:
-        """Reload as often as the user asked for."""
+        """Restore the user's ``reload_dataloaders_every_n_epochs``."""
         trainer.reload_dataloaders_every_n_epochs = self.asks.every  # type: ignore[attr-defined]
 
     def make_plan(self, trainer: Trainer, data: DataSource, schedule: JointSchedule, clock: RunClock) -> Plan | None:
-        """Walk the whole run: every error of the schedules comes now, before the first step.
+        """Plan the whole run, so that every error of the schedules comes before the first step.
 
         Args:
             trainer: The Trainer.
             data: The training data.
             schedule: Batch size and learning rate.
-            clock: Learns how long the run is.
+            clock: Gets the length of the run.
 
         Returns:
-            ``None`` for a run without an end, or one that is not known, such as where batch sizes are decided while training.
+            The plan; ``None`` if the run has no end, or if its end or its batch sizes are not known before training.
         """
         epoch, now, measure = data.epoch(trainer), clock.progress, data.measure
         if epoch is not None and (trainer.fast_dev_run or schedule.largest):  # type: ignore[attr-defined]
@@ -110,36 +115,36 @@ class Fit:
         elif epoch is not None:
             bounds: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
             make = partial(plan_fit, schedule, tokens_per_sample=self.tokens_per_sample, measure=measure, **bounds)
-            found = make(**epoch._asdict())
-            if found is not None and epoch.beside.lengths and data.splits(found):
-                # the batches of another loader are then not steps, and must not end an epoch; that is checked
-                found = make(**epoch._replace(beside=Beside())._asdict())
-            if found is not None:
-                clock.set_horizon(found.horizon)
-                return found
-        # at least what depends on the epoch alone must be possible
+            run_plan = make(**epoch._asdict())
+            if run_plan is not None and epoch.beside.lengths and data.splits(run_plan):
+                # the batches of other loaders are then not steps; `check_split` refuses one that would end the epoch
+                run_plan = make(**epoch._replace(beside=Beside())._asdict())
+            if run_plan is not None:
+                clock.set_horizon(run_plan.horizon)
+                return run_plan
+        # without a plan, check at least the values at the starts of epochs
         for number in range(now.epoch, max(now.epoch + 1, min(trainer.max_epochs or 0, 10_000))):
             schedule(now._replace(epoch=number))
         return None
 
     def leave_unclipped(self, trainer: Trainer) -> None:
-        """In ``on_before_optimizer_step``: do not clip the gradients of this call."""
+        """Called in ``on_before_optimizer_step``: switch clipping off for this call."""
         if trainer.gradient_clip_val is not None:
             self.clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
 
     def clip_again(self, trainer: Trainer) -> None:
-        """Clip as the user asked for."""
+        """Restore the user's ``gradient_clip_val``."""
         if self.clip is not None:
             trainer.gradient_clip_val, self.clip = self.clip, None
 
     def backward_is_over(self) -> None:
-        """Put back what was changed for one backward pass."""
+        """Undo the changes for one backward pass."""
         if self.after_backward is not None:
             self.after_backward.close()
             self.after_backward = None
 
     def end(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         self.backward_is_over()
         self.undo.close()
         self.active = False
@@ -147,12 +152,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint says of the run that saved it.
+    """A checkpoint from which a fit resumes.
 
     Args:
-        horizon: How long that run was to be.
-        epoch_ended: Whether Lightning goes on with the epoch after the one that the checkpoint was saved in.
-        inside_step: Whether it was saved while a step was under way, which is taken again.
+        horizon: Length of the run that saved it, in each unit.
+        epoch_ended: Whether Lightning goes on with the next epoch, not with the one in which the checkpoint was saved.
+        inside_step: Whether it was saved inside a step, which then starts again.
     """
 
     horizon: Horizon
@@ -161,21 +166,21 @@ class Resumed:
 
     @classmethod
     def read(cls, trainer: Trainer, checkpoint: dict[str, Any], key: str, start: StepStart) -> Resumed:
-        """See whether a checkpoint can be resumed, and whether Lightning will skip the end of an epoch.
+        """Read a checkpoint, and check that a fit can resume from it.
 
         Args:
             trainer: The Trainer.
-            checkpoint: The checkpoint; what it counts may be changed.
-            key: Of the scheduler's state in it.
-            start: Is given the random generators.
+            checkpoint: The checkpoint; its counts may be corrected in place.
+            key: Key of the scheduler's state in it.
+            start: Gets the states of the random generators.
 
         Raises:
-            MisconfigurationException: It was saved without the scheduler, or by another version.
+            MisconfigurationException: The checkpoint was saved without the scheduler, or by another version of it.
         """
         state = checkpoint["callbacks"].get(key)
         if state is None:
             raise MisconfigurationException(
-                "the checkpoint was saved by a fit without BatchLRScheduler, so it does not say how many examples that fit had "
+                "the checkpoint was saved by a fit without BatchLRScheduler, so it does not say how many examples the fit had "
                 "consumed. To start growing from its weights, load them (`Model.load_from_checkpoint(...)`) and call `fit` "
                 "without `ckpt_path`; to go on as before, leave BatchLRScheduler out"
             )
@@ -193,28 +198,28 @@ class Resumed:
     def go_on(
         self, trainer: Trainer, fit: Fit, data: DataSource, clock: RunClock, schedule: JointSchedule, start: StepStart
     ) -> None:
-        """In ``on_train_start``: have Lightning go on where the checkpoint's step began.
+        """Called in ``on_train_start``: make Lightning go on at the start of the step in which the checkpoint was saved.
 
         Args:
             trainer: The Trainer.
             fit: The fit.
             data: The training data.
-            clock: The run's clock.
+            clock: The clock of the run.
             schedule: Batch size and learning rate.
-            start: Has the random generators.
+            start: Has the states of the random generators.
         """
         self._warn_of_jump(clock, schedule)
         done = data.batches_done()
         if self.epoch_ended:
             begin_epoch(trainer)
-            # all of the next epoch's batches, at which Lightning begins it; where it has no length, none of them
+            # Lightning begins the next epoch if all of its batches count as done; none if its length is not known
             done = 0 if trainer.num_training_batches == math.inf else int(trainer.num_training_batches)
         if done is not None and not clock.finished:
             set_batches_done(trainer, done, self.epoch_ended)
 
         def before_fetch() -> None:
             set_steps_taken(trainer, clock.progress.step)
-            # whatever was drawn since, the step that is taken again is to see the same
+            # random numbers may have been drawn since; the repeated step must draw the same as before
             if self.inside_step or clock.progress.step > clock.epoch_start.step:
                 start.restore(trainer)
 
@@ -222,20 +227,20 @@ class Resumed:
         resume_quietly(trainer, before_fetch, data.exact, fit.undo)
 
     def _warn_of_jump(self, clock: RunClock, schedule: JointSchedule) -> None:
-        """Warn if the schedules jump where a run goes on for another length than it was begun with."""
+        """Warn if the schedules jump because the run goes on with another length than it began with."""
         now = clock.progress
         if self.horizon == now.horizon or clock.finished:
             return
         try:
             before, after = schedule(now._replace(horizon=self.horizon)), schedule(now)
         except ValueError:
-            return  # beyond the end of the run as it was
+            return  # after the end of the run that saved the checkpoint
         if before != after:
             rank_zero_warn(
-                f"the run goes on for another length than it was begun with, and its schedules count in fractions of it: at "
-                f"epoch {now.epoch} the batch size jumps from {before.batch_size} to {after.batch_size} and the "
-                f"learning rate from {before.lr} to {after.lr}. Write the lengths (`every`, `over`, `total`) as ints to go on "
-                "without a jump"
+                f"the run goes on with another length than it began with, and its schedules count in fractions of this length. "
+                f"At epoch {now.epoch} the batch size jumps from {before.batch_size} to {after.batch_size} and the learning "
+                f"rate from {before.lr} to {after.lr}. Write the lengths (`every`, `over`, `total`) as ints to go on without a "
+                "jump"
             )
 
 
@@ -251,22 +256,34 @@ def plan_fit(
     beside: Beside = Beside(),  # noqa: B008 (immutable)
     measure: Measure | None = None,
 ) -> Plan | None:
-    """The plan of a fit, from the Trainer's arguments; ``None`` for a fit without an end.
+    """Plan a fit from the Trainer's arguments. The other arguments are those of [`plan`][lightning_bsl.schedules.plan].
 
     Args:
         schedule: Batch size and learning rate.
         num_examples: Training examples of an epoch.
-        max_epochs: As of ``Trainer``; -1 for no bound.
-        max_steps: As of ``Trainer``.
-        limit_train_batches: As of ``Trainer``.
-        epoch_length: As of [`plan`][lightning_bsl.schedules.plan].
-        tokens_per_sample: As of [`plan`][lightning_bsl.schedules.plan].
-        drop_last: As of [`plan`][lightning_bsl.schedules.plan].
-        beside: As of [`plan`][lightning_bsl.schedules.plan].
-        measure: As of [`plan`][lightning_bsl.schedules.plan].
+        max_epochs: As for ``Trainer``; -1 for no limit.
+        max_steps: As for ``Trainer``.
+        limit_train_batches: As for ``Trainer``.
+        epoch_length: As for ``plan``.
+        tokens_per_sample: As for ``plan``.
+        drop_last: As for ``plan``.
+        beside: As for ``plan``.
+        measure: As for ``plan``.
+
+    Returns:
+        The plan; ``None`` for a fit without an end or without a step.
+
+    Raises:
+        ValueError: An error of the schedule (see ``plan``).
+
+    Example:
+        >>> from lightning_bsl.schedules import Exponential
+        >>> growing = JointSchedule(Exponential(8, factor=2, every=1), 0.1)
+        >>> [stage.batch_size for stage in plan_fit(growing, num_examples=100, max_epochs=3).stages]
+        [8, 16, 32]
     """
     if max_epochs is None and max_steps == -1:
-        max_epochs = 1000  # as Trainer does
+        max_epochs = 1000  # the default of Trainer
     epochs, steps = (None if bound is None or bound < 0 else bound for bound in (max_epochs, max_steps))
     limit = 1.0 if limit_train_batches is None else limit_train_batches
     if (epochs is None and steps is None) or epochs == 0 or steps == 0 or limit == 0:

@@ -1,4 +1,4 @@
-"""The gradient of the mean loss over the whole training set, as a callback and as a trigger measure it."""
+"""The measurement of the full gradient: that of the mean loss over the whole training set."""
 
 from __future__ import annotations
 
@@ -30,11 +30,15 @@ from lightning_bsl.data.sampler import GlobalBatchSampler, Permutation, epoch_ge
 
 
 class FullGradient(NamedTuple):
-    """One measurement.
+    """One measurement of the full gradient.
 
     Args:
-        norm: Euclidean norm of the gradient of the mean loss, over all trainable parameters.
-        loss: The mean loss. Both are NaN for a mean over nothing.
+        norm: Euclidean norm of the gradient of the mean loss, over all trainable parameters; NaN if the loss has no terms.
+        loss: The mean loss; NaN if it has no terms.
+
+    Example:
+        >>> FullGradient(norm=0.5, loss=1.25).norm
+        0.5
     """
 
     norm: float
@@ -42,15 +46,18 @@ class FullGradient(NamedTuple):
 
 
 class FullGradientMeasurer:
-    """Measures the gradient of the mean loss over the examples that a training loader trains on.
+    """Measures the gradient of the mean loss over the examples of a training loader.
 
-    The examples are those that the loader's sampler gives, each once: of a permutation all, of a sampler that draws (weighted,
-    a subset) those of its first epoch. The mean is over examples, or over the terms that the module's ``loss_terms`` counts.
+    Each example of the loader's sampler counts once: all examples of a permutation, or those of the first epoch of a sampler
+    that draws (weighted, a subset). The mean is over examples, or over the terms that the module's ``loss_terms`` counts.
 
     Args:
-        subset: Only that many random examples, the same ones every time; all by default.
-        batch_size: Examples at once, on each process; halved where they do not fit in memory.
-        seed: Seed of the choice of the subset, and of what a sampler draws.
+        subset: Number of random examples, the same ones every time; by default all.
+        batch_size: Number of examples at once, on each process; it is halved if they do not fit in memory.
+        seed: Seed of the choice of the subset, and of the random numbers that a sampler draws.
+
+    Raises:
+        ValueError: ``subset`` or ``batch_size`` below 1.
     """
 
     def __init__(self, subset: int | None = None, batch_size: int = 1024, seed: int = 0) -> None:
@@ -59,11 +66,11 @@ class FullGradientMeasurer:
                 raise ValueError(f"`{name}={value}` must be 1 or more")
         self.subset, self.batch_size, self.seed = subset, batch_size, seed
         self.loader: DataLoader[Any] | None = None
-        self._fitting = batch_size  # examples that fit in memory at once
-        self._names: Any = None  # the collection in which the loader is, if it is in one
+        self._fitting = batch_size  # number of examples that fit in memory at once
+        self._names: Any = None  # the collection that holds the loader, if there is one
 
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what can be seen in ``on_fit_start``.
+        """Refuse fits that cannot be measured, as far as ``on_fit_start`` can see them.
 
         Raises:
             MisconfigurationException: Sharded parameters, or manual optimization without ``full_loss``.
@@ -76,32 +83,33 @@ class FullGradientMeasurer:
             )
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the training loader; in ``on_train_start``.
+        """Make the loader of the measurement. It is called in ``on_train_start``.
 
         Raises:
             ValueError: A subset larger than the training set.
-            MisconfigurationException: Something that cannot be measured.
+            MisconfigurationException: A training loader that cannot be measured.
         """
         self.refuse(trainer, pl_module)
         own = hasattr(pl_module, "full_loss")
-        given = as_combined(trainer.train_dataloader)
+        combined = as_combined(trainer.train_dataloader)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        scheduled = next((each.training_loader for each in callbacks if isinstance(each, BatchLRScheduler)), None)
-        if len(given.flattened) != 1 and not own:
+        schedulers = (callback for callback in callbacks if isinstance(callback, BatchLRScheduler))
+        scheduled = next((scheduler.training_loader for scheduler in schedulers), None)
+        if len(combined.flattened) != 1 and not own:
             raise MisconfigurationException(
-                f"there are {len(given.flattened)} training loaders, so it is not known what the mean loss over the training "
-                f"set is: give {type(pl_module).__name__} a method `full_loss(batch)`, which is called with batches of "
-                "the scheduled loader, or of the first one where there is no BatchLRScheduler"
+                f"there are {len(combined.flattened)} training loaders, so the mean loss over the training set is not defined: "
+                f"give {type(pl_module).__name__} a method `full_loss(batch)`, which gets batches of the scheduled loader (or "
+                "of the first one, without BatchLRScheduler)"
             )
-        flat = [getattr(each, "original", each) for each in given.flattened]  # behind one that counts
+        flat = [getattr(loader, "original", loader) for loader in combined.flattened]  # a CountingLoader wraps the original
         loader = scheduled if scheduled is not None else flat[0] if flat else None
-        in_collection = given.iterables is not given.flattened[0] if flat else False
-        self._names = given.iterables if in_collection and not own else None
+        in_collection = combined.iterables is not combined.flattened[0] if flat else False
+        self._names = combined.iterables if in_collection and not own else None
         values = self._names.values() if isinstance(self._names, Mapping) else self._names or ()
-        if self._names is not None and [id(each) for each in values] != [id(each) for each in given.flattened]:
+        if self._names is not None and [id(item) for item in values] != [id(item) for item in combined.flattened]:
             raise MisconfigurationException(
-                f"the training loader lies in a collection of collections: give {type(pl_module).__name__} a method "
-                "`full_loss(batch)`"
+                f"the training loader is in a collection inside a collection: give {type(pl_module).__name__} a method "
+                "`full_loss(batch)` that returns the mean loss"
             )
         self.loader = self._make_loader(trainer, loader)
 
@@ -112,7 +120,7 @@ class FullGradientMeasurer:
         self.loader = None
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> FullGradient:
-        """Measure now; every process has to.
+        """Measure now. Every process must call it.
 
         Args:
             trainer: The Trainer, in a fit.
@@ -126,21 +134,21 @@ class FullGradientMeasurer:
             for batch, count in self._batches(trainer):
                 number += self._add(pl_module, batch, count, parameters, totals, loss_total)
         if data_parallel(trainer)[1] > 1:
-            # two digits, as there is no float64 on Apple GPUs
+            # as two numbers, since Apple GPUs have no float64
             numbers = torch.tensor(divmod(number, 2**20), dtype=loss_total.dtype, device=loss_total.device)
             for total in (*totals, loss_total, numbers):
                 torch.distributed.all_reduce(total)
             high, low = numbers.tolist()
             number = high * 2**20 + low
-        norm = torch.linalg.vector_norm(torch.stack([each.cpu().double() for each in torch._foreach_norm(totals)]))
+        norm = torch.linalg.vector_norm(torch.stack([norm.cpu().double() for norm in torch._foreach_norm(totals)]))
         if not number:
-            return FullGradient(math.nan, math.nan)  # a mean over nothing
+            return FullGradient(math.nan, math.nan)  # no terms
         return FullGradient(norm.item() / number, loss_total.item() / number)
 
     def _add(
         self, module: LightningModule, batch: Any, count: int, parameters: Sequence[Tensor], totals: list[Tensor], loss: Tensor
     ) -> float:
-        """Add a batch's loss and gradients, both times its terms (its examples unless told otherwise); return these."""
+        """Add a batch's loss and gradients, both times its number of terms; return this number."""
         mean_loss = getattr(module, "full_loss", None) or partial(training_loss, module)
         done, added = 0, 0.0
 
@@ -150,12 +158,12 @@ class FullGradientMeasurer:
                 examples = min(size, count - done)
                 part = batch if examples == count else cut(batch, done, examples, count)
                 terms = terms_or_examples(module, part, examples)
-                if terms:  # else the loss is a mean over nothing
+                if terms:  # without terms the loss may be NaN
                     part_loss = mean_loss(part)
                     gradients = torch.autograd.grad(part_loss, parameters, allow_unused=True)
-                    found = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
-                    parts = [gradient.to(total.dtype) for total, gradient in found]
-                    torch._foreach_add_([total for total, _ in found], parts, alpha=terms)
+                    pairs = [(total, gradient) for total, gradient in zip(totals, gradients) if gradient is not None]
+                    parts = [gradient.to(total.dtype) for total, gradient in pairs]
+                    torch._foreach_add_([total for total, _ in pairs], parts, alpha=terms)
                     loss.add_(part_loss.detach() * terms)
                 done, added = done + examples, added + terms
 
@@ -166,7 +174,7 @@ class FullGradientMeasurer:
         return added
 
     def _batches(self, trainer: Trainer) -> Iterator[tuple[Any, int]]:
-        """This process's share of the examples, on its device, and how many of them there are in each batch."""
+        """This process's batches, on its device, each with its number of examples."""
         assert self.loader is not None
         silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
         sampler = cast("list[list[int]]", self.loader.batch_sampler)
@@ -183,13 +191,16 @@ class FullGradientMeasurer:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
             raise MisconfigurationException(
                 "FullGradientNorm needs a training DataLoader over a data set that has a length (`__len__` and `__getitem__`), "
-                "which puts batches together from examples (`batch_size` is not None)"
+                "and which makes batches of examples (`batch_size` is not None): give such a loader, or leave it out"
             )
         indices: Any = self._examples(trainer, loader)
         number = len(indices)
         if self.subset is not None:
             if self.subset > number:
-                raise ValueError(f"`subset={self.subset}` is more than the {number} training examples")
+                raise ValueError(
+                    f"`subset={self.subset}` is more than the {number} training examples: write {number} or less, or leave "
+                    "it out"
+                )
             chosen = torch.randperm(number, generator=epoch_generator(self.seed, 0, stream=2))[: self.subset]
             indices = [indices[i] for i in chosen.sort().values.tolist()]
             number = self.subset
@@ -204,7 +215,7 @@ class FullGradientMeasurer:
             num_workers=loader.num_workers,
             persistent_workers=loader.num_workers > 0,
             pin_memory=loader.pin_memory,
-            generator=torch.Generator(),  # of its own: making an iterator must not draw from the global one
+            generator=torch.Generator(),  # its own generator: a new iterator must not draw from the global one
         )
 
     def _examples(self, trainer: Trainer, loader: DataLoader[Any]) -> list[Any]:
@@ -214,15 +225,15 @@ class FullGradientMeasurer:
             order = order_of(loader, self.seed, world_size=data_parallel(trainer)[1])
             if isinstance(order, Permutation):
                 return list(range(order.num_examples))
-        # a copy is asked: the sampler may count how often it was
-        ours = cast(SamplerOrder, batches.order) if isinstance(batches, GlobalBatchSampler) else None
-        theirs = batches.sampler if type(batches) is BatchSampler else batches
-        theirs = copy.deepcopy(theirs if ours is None else ours.sampler, {id(loader.dataset): loader.dataset})
-        indices: list[Any] = SamplerOrder(theirs, self.seed if ours is None else ours.seed)(0)
-        if ours is None:
+        # iterate over a copy: the user's sampler may count its iterations
+        planned = cast(SamplerOrder, batches.order) if isinstance(batches, GlobalBatchSampler) else None
+        sampler = batches.sampler if type(batches) is BatchSampler else batches
+        sampler = copy.deepcopy(sampler if planned is None else planned.sampler, {id(loader.dataset): loader.dataset})
+        indices: list[Any] = SamplerOrder(sampler, self.seed if planned is None else planned.seed)(0)
+        if planned is None:
             if type(batches) is not BatchSampler:
                 indices = [index for batch in indices for index in batch]
-            if data_parallel(trainer)[1] > 1:  # a process's sampler gives its own part
+            if data_parallel(trainer)[1] > 1:  # the sampler of a process gives only its own part
                 parts: list[Any] = [None] * trainer.world_size
                 torch.distributed.all_gather_object(parts, indices)
                 indices = [index for part in parts for index in part]
@@ -232,32 +243,38 @@ class FullGradientMeasurer:
 
 @contextmanager
 def undisturbed(trainer: Trainer, module: LightningModule, evaluation: bool = True) -> Iterator[None]:
-    """Evaluation mode unless told otherwise, nothing logged; afterwards everything is as it was before."""
-    before, modes = Snapshot(trainer), [(each, each.training) for each in module.modules()]
-    quiet = {"log": _say_nothing, "log_dict": _say_nothing}
+    """A context for a measurement: nothing is logged, and at the end everything is as before.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        evaluation: Whether to use evaluation mode.
+    """
+    before, modes = Snapshot(trainer), [(layer, layer.training) for layer in module.modules()]
+    quiet = {"log": _log_nothing, "log_dict": _log_nothing}
     stage = trainer.state.stage
     try:
         vars(module).update(quiet)
         if evaluation:
             module.eval()
-            trainer.validating = True  # DataModules look here whether to augment
+            trainer.validating = True  # DataModules read it to decide whether to augment
         with torch.enable_grad():
             yield
     finally:
         trainer.state.stage = stage
         for name in quiet:
             del vars(module)[name]
-        for each, training in modes:
-            each.training = training
+        for layer, training in modes:
+            layer.training = training
         before.restore()
 
 
 def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
-    """What ``training_step`` returns as the loss of a batch."""
+    """The loss of a batch, as ``training_step`` returns it."""
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
     return cast(Tensor, output["loss"] if isinstance(output, Mapping) else output)
 
 
-def _say_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for ``log``."""
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Replace ``log``."""

@@ -1,4 +1,4 @@
-"""The gradient of the mean loss over the whole training set."""
+"""A callback that measures the norm of the full gradient."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from lightning_bsl.schedules.progress import Unit
 
 
 class FullGradientNorm(Callback):
-    """Measures ||grad f||, f being the mean loss over the training set: what Umeda & Iiduka
-    (arXiv 2409.08770) judge schedules by.
+    """Measures ||grad f||, where f is the mean loss over the training set.
 
-    The training set is what the loader's sampler gives, each example once.
-    The model is in evaluation mode (no dropout, BatchNorm by its running statistics), images are not augmented, every example
-    counts alike, and the processes share the work. Where the loss is a mean over something else, such as tokens, a method
-    ``loss_terms(batch)`` of the LightningModule says how many, and each of those counts alike. The value therefore does not
-    depend on the batch size of the measurement but for rounding. Training goes on bit for bit as if nothing had been measured.
-    One measurement costs a forward and a backward pass over the data, at the full precision of the weights.
+    Umeda & Iiduka 2025 (arXiv 2409.08770) compare schedules by this norm. Each example of the loader's sampler counts once. The
+    model is in evaluation mode (no dropout, BatchNorm with its running statistics), and images are not augmented. All examples
+    have the same weight; or, if the LightningModule has a method ``loss_terms(batch)``, all terms of the loss, such as tokens.
+    So the value does not depend on the batch size of the measurement, except for rounding. Training goes on bit for bit as
+    without measurements.
 
-    The loss is what ``training_step`` returns, its logging suppressed; or, if the LightningModule has such a method,
-    ``full_loss(batch)``: the mean loss of a batch.
+    The loss is that of ``training_step``, which logs nothing during it; or that of ``full_loss(batch)``, if the LightningModule
+    has this method, which must return the mean loss of a batch. One measurement costs a forward and a backward pass over the
+    training set, in the full precision of the weights. The processes share the work.
 
-    Logs ``full_gradient_norm`` and ``full_loss``, at the end of every ``every``-th epoch or after every ``every``-th step.
+    The callback logs ``full_gradient_norm`` and ``full_loss``.
 
     Args:
-        every: How often, in units.
-        unit: ``"epoch"`` or ``"step"`` (optimizer steps).
-        subset: Only that many random examples, the same ones every time; all by default.
-        batch_size: Examples at once, on each process; halved where they do not fit in memory.
+        every: Interval between two measurements, in ``unit``.
+        unit: ``"epoch"`` (at the end of an epoch) or ``"step"`` (after an optimizer step).
+        subset: Number of random examples, the same ones every time; by default all.
+        batch_size: Number of examples at once, on each process; it is halved if they do not fit in memory.
         seed: Seed of the choice of the subset.
 
     Raises:
-        ValueError: A number below 1 or another unit; at fit start, a subset larger than the training set.
-        MisconfigurationException: At fit start: a training set without a length, sharded parameters, or manual optimization
-            without ``full_loss``.
+        ValueError: A number below 1, or an unknown ``unit``. At the start of training: a subset larger than the training set.
+        MisconfigurationException: At the start of a fit: a training set without a length, sharded parameters, or manual
+            optimization without ``full_loss``.
 
     Example:
         >>> trainer = Trainer(max_epochs=9, callbacks=[FullGradientNorm(every=3)], logger=False, enable_checkpointing=False)
@@ -56,11 +55,11 @@ class FullGradientNorm(Callback):
         self._measured_at = 0  # the step of the last measurement
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be measured."""
+        """Refuse fits that cannot be measured."""
         self.measurer.refuse(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the training set."""
+        """Prepare the measurement."""
         self._measured_at = 0
         self.measurer.begin(trainer, pl_module)
 
@@ -71,11 +70,11 @@ class FullGradientNorm(Callback):
         step = steps_taken(trainer)
         if self.unit == "step" and step and step % self.every == 0 and step != self._measured_at:
             self._measured_at = step
-            values = self.measure(trainer, pl_module)
-            self._log(pl_module, values, logger=False)
-            for logger in trainer.loggers:  # at once: the Trainer's own logging would skip most steps
-                found = {"full_gradient_norm": values.norm, "full_loss": values.loss}
-                logger.log_metrics(found, step=logged_at(trainer))
+            gradient = self.measure(trainer, pl_module)
+            self._log(pl_module, gradient, logger=False)
+            for logger in trainer.loggers:  # directly, since the Trainer's own logging skips most steps
+                metrics = {"full_gradient_norm": gradient.norm, "full_loss": gradient.loss}
+                logger.log_metrics(metrics, step=logged_at(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure at the end of every ``every``-th epoch."""
@@ -87,18 +86,21 @@ class FullGradientNorm(Callback):
         self.measurer.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As at the end of a fit: Lightning does not call ``teardown`` then."""
+        """End the loader's workers: after an exception Lightning does not call ``teardown``."""
         self.teardown(trainer, pl_module, "fit")
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> FullGradient:
-        """Measure now; every process has to.
+        """Measure now. Every process must call it.
 
         Args:
             trainer: The Trainer, in a fit.
             pl_module: Its LightningModule.
+
+        Returns:
+            The norm of the full gradient, and the mean loss.
         """
         return self.measurer.measure(trainer, pl_module)
 
-    def _log(self, pl_module: LightningModule, values: FullGradient, logger: bool) -> None:
-        for name, value in (("full_gradient_norm", values.norm), ("full_loss", values.loss)):
+    def _log(self, pl_module: LightningModule, gradient: FullGradient, logger: bool) -> None:
+        for name, value in (("full_gradient_norm", gradient.norm), ("full_loss", gradient.loss)):
             pl_module.log(name, value, prog_bar=name == "full_gradient_norm", logger=logger, sync_dist=True)

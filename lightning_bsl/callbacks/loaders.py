@@ -1,4 +1,4 @@
-"""What can be seen of the training loaders that a user gives."""
+"""Inspection of the user's training loaders."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_bsl.data.sampler import Cut, GlobalBatchSampler
 from lightning_bsl.schedules import Progress
 from lightning_bsl.schedules.plan import Beside, EpochLength
 
-Ask = Callable[[], Any]  # asks for the user's training loaders
+Ask = Callable[[], Any]  # returns the user's training loaders
 
 
 class Epoch(NamedTuple):
-    """What the plan must know of an epoch; see [`plan`][lightning_bsl.schedules.plan]."""
+    """The facts about an epoch that a plan needs; see [`plan`][lightning_bsl.schedules.plan]."""
 
     num_examples: int
     limit_train_batches: float = 1.0
@@ -31,33 +31,33 @@ class Epoch(NamedTuple):
 
 
 class Asks(NamedTuple):
-    """What the user asked of the Trainer, which changes while it fits.
+    """The user's settings of the Trainer, which a fit changes for a while.
 
     Args:
-        accumulate: His ``accumulate_grad_batches``.
-        every: His ``reload_dataloaders_every_n_epochs``.
+        accumulate: The user's ``accumulate_grad_batches``.
+        every: The user's ``reload_dataloaders_every_n_epochs``.
     """
 
     accumulate: int = 1
     every: int = 0
 
 
-def as_combined(given: Any) -> CombinedLoader:
-    """Loaders in any collection, as Lightning combines them."""
-    return copy.copy(given) if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
+def as_combined(loaders: Any) -> CombinedLoader:
+    """Combine loaders in any collection, as Lightning does."""
+    return copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
 
 
 def obstacle(loader: Any) -> str | None:
-    """Why a sampler of ours cannot be put into a loader; ``None`` where it can."""
+    """The reason why a loader cannot get a sampler that follows the plan; ``None`` if it can."""
     if not isinstance(loader, DataLoader):
-        return f"is no DataLoader but of type {type(loader).__name__}"
+        return f"is not a DataLoader but a {type(loader).__name__}"
     if type(loader).__iter__ is not DataLoader.__iter__ or type(loader).__len__ is not DataLoader.__len__:
         return f"is a {type(loader).__name__}, which overrides `__iter__` or `__len__`"
     if isinstance(loader.dataset, IterableDataset):
         return f"reads a stream ({type(loader.dataset).__name__}), whose examples have no index"
     batches = loader.batch_sampler
     if batches is None:
-        return "has `batch_size=None`: its data set decides what a batch is"
+        return "has `batch_size=None`: its data set returns whole batches"
     if type(batches) is not BatchSampler and not isinstance(batches, GlobalBatchSampler):
         return f"has a batch sampler of its own ({type(batches).__name__})"
     return None
@@ -69,29 +69,29 @@ REMEDY = (
 )
 
 
-def scheduled_index(trainer: Trainer, module: LightningModule, given: CombinedLoader, ask: Ask, name: Any) -> int:
-    """Which of several training loaders follows the schedule: the one that was named, or that follows ``batch_size``.
+def scheduled_index(trainer: Trainer, module: LightningModule, combined: CombinedLoader, ask: Ask, name: Any) -> int:
+    """The index of the training loader that follows the schedule: the named one, or the one that follows ``batch_size``.
 
     Args:
         trainer: The Trainer.
         module: The LightningModule.
-        given: The loaders.
-        ask: Asks for them again.
-        name: The key or the index of the one that was named.
+        combined: The loaders.
+        ask: Makes the loaders again.
+        name: Key or index of the loader; ``None`` to find the one that follows ``batch_size``.
 
     Raises:
-        MisconfigurationException: There is none, or it is not known which.
+        MisconfigurationException: There is no such loader, or it is not clear which one it is.
     """
-    loaders = given.flattened
+    loaders = combined.flattened
     if not loaders:
         raise MisconfigurationException(f"there is no training loader: {REMEDY}")
     if name is not None:
-        if isinstance(name, int) and isinstance(given.iterables, dict) and 0 <= name < len(loaders):
+        if isinstance(name, int) and isinstance(combined.iterables, dict) and 0 <= name < len(loaders):
             return name
         try:
-            (index,) = (i for i, loader in enumerate(loaders) if loader is given.iterables[name])
+            (index,) = (i for i, loader in enumerate(loaders) if loader is combined.iterables[name])
         except (LookupError, TypeError, ValueError):
-            names = list(given.iterables) if isinstance(given.iterables, dict) else list(range(len(loaders)))
+            names = list(combined.iterables) if isinstance(combined.iterables, dict) else list(range(len(loaders)))
             raise MisconfigurationException(
                 f"`loader={name!r}` is none of the training loaders; write one of {names}"
             ) from None
@@ -109,35 +109,35 @@ def scheduled_index(trainer: Trainer, module: LightningModule, given: CombinedLo
         followers = [i for i, pair in enumerate(zip(loaders, others)) if len({size_of(loader) for loader in pair}) > 1]
     if len(followers) != 1:
         raise MisconfigurationException(
-            f"there are {len(loaders)} training loaders, and {len(followers)} of them follow `batch_size`: write which one "
-            "follows the schedule, its key or its index, as `BatchLRScheduler(..., loader=...)`"
+            f"there are {len(loaders)} training loaders, and {len(followers)} of them follow `batch_size`: write the key or "
+            "the index of the one that follows the schedule, as `BatchLRScheduler(..., loader=...)`"
         )
     return followers[0]
 
 
 def size_of(loader: Any) -> int | None:
-    """A loader's batch size, or its batch sampler's; ``None`` where neither has one."""
+    """The batch size of a loader or its batch sampler; ``None`` if neither has one."""
     size = getattr(loader, "batch_size", None)
     return getattr(getattr(loader, "batch_sampler", None), "batch_size", None) if size is None else size
 
 
 def limit_of(trainer: Trainer) -> float:
-    """The bound on an epoch's batches: an ``int`` number, or a fraction."""
+    """The limit on the batches of an epoch: an ``int`` number, or a fraction."""
     limit = trainer.overfit_batches or trainer.limit_train_batches  # type: ignore[attr-defined]
     return 1.0 if limit is None else cast(float, limit)
 
 
 def batch_counts(trainer: Trainer) -> Callable[[int], int]:
-    """How many examples each batch of a fit without BatchLRScheduler has, on this process: asked of the loader.
+    """Find out the number of examples of each batch on this process, in a fit without BatchLRScheduler.
 
     Args:
         trainer: The Trainer, from ``on_train_start`` on.
 
     Returns:
-        From a batch's index in its epoch to its examples.
+        A function from a batch's index in its epoch to its number of examples.
 
     Raises:
-        MisconfigurationException: Nobody knows.
+        MisconfigurationException: The number does not follow from the loader.
     """
     loaders = as_combined(trainer.train_dataloader).flattened
     batches = getattr(loaders[0], "batch_sampler", None) if len(loaders) == 1 else None
@@ -146,8 +146,8 @@ def batch_counts(trainer: Trainer) -> Callable[[int], int]:
     reason = obstacle(loaders[0]) if len(loaders) == 1 else f"is one of {len(loaders)}"
     if reason is not None:
         raise MisconfigurationException(
-            f"nobody knows how many examples a batch has: the training loader {reason}. Use BatchLRScheduler beside this "
-            "measurement, or a `torch.utils.data.DataLoader` over a data set with `__len__` and `__getitem__`, with "
+            f"the number of examples of a batch is not known: the training loader {reason}. Add BatchLRScheduler to the "
+            "callbacks, or give a `torch.utils.data.DataLoader` over a data set with `__len__` and `__getitem__`, with "
             "`batch_size` and without a `batch_sampler`; or leave the measurement out"
         )
     assert batches is not None

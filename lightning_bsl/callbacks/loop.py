@@ -1,4 +1,4 @@
-"""The only file that reads what Lightning keeps to itself: attributes of its loops, and the loops' part of a checkpoint."""
+"""The only file that uses private parts of Lightning: attributes of its loops, and the loops' part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 
 def _replace(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
-    """Set an attribute of one object; closing ``undo`` puts back what was there."""
+    """Set an attribute of one object until ``undo`` is closed."""
     attributes = vars(owner)
     if name in attributes:
         undo.callback(attributes.__setitem__, name, attributes[name])
@@ -30,9 +31,14 @@ def _replace(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
 
 
 def remake_training_data(trainer: Trainer, remake: Callable[[Callable[[], Any]], Any], undo: ExitStack) -> None:
-    """Have Lightning train on ``remake(ask)`` wherever it would train on ``ask()``: what the user gave, however he gave it.
+    """Make Lightning train on ``remake(ask)`` instead of ``ask()``, the user's loaders.
 
-    Lightning asks for it at the start of a fit, and at each reload.
+    Lightning asks for the loaders at the start of a fit, and at each reload.
+
+    Args:
+        trainer: The Trainer.
+        remake: Makes the loaders of the fit; its argument returns the user's loaders.
+        undo: Restores Lightning when it is closed.
     """
     source = trainer.fit_loop._data_source
     ask = source.dataloader
@@ -47,56 +53,64 @@ def remake_training_data(trainer: Trainer, remake: Callable[[Callable[[], Any]],
 
 
 class _Failed:
-    """Raises an error as soon as it is iterated.
+    """An object that raises an error when it is iterated.
 
-    While Lightning asks for loaders it has methods of the class ``DataLoader`` replaced, and an error would leave them so for
-    the rest of the process. It iterates what it was given right afterwards.
+    While Lightning asks for loaders, it has replaced methods of the class ``DataLoader``. An error at this moment would leave
+    them replaced for the rest of the process. Right afterwards Lightning iterates over the loaders that it got.
     """
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
     def __iter__(self) -> Any:
+        if isinstance(self.error, TypeError):  # which Lightning takes for "cannot be iterated", and says that instead
+            raise MisconfigurationException(f"{type(self.error).__name__}: {self.error}") from self.error
         raise self.error
 
 
 def load_training_data(trainer: Trainer) -> None:
-    """Have Lightning make the training loader now, if there is none yet."""
+    """Make Lightning set up the training loader now, if there is none yet."""
     trainer.fit_loop.setup_data()
 
 
 def forget_training_data(trainer: Trainer) -> None:
-    """Have Lightning ask for the training loader anew, as it was asked for before a checkpoint was read."""
+    """Make Lightning ask for the training loader again, if it did so before the checkpoint was read."""
     trainer.fit_loop._combined_loader = None
 
 
 def with_distributed_sampler(trainer: Trainer, loader: Any) -> Any:
-    """The loader as Lightning makes it for a run of several processes."""
+    """The loader as Lightning changes it for a run of several processes."""
     return trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING)
 
 
 def end_workers(loader: Any) -> None:
-    """End a loader's worker processes now: left to the garbage collector, each of them takes five seconds."""
+    """End a loader's worker processes now. The garbage collector would need five seconds for each of them."""
     _shutdown_workers_and_reset_iterator(loader)
 
 
 def before_batch_counts(trainer: Trainer, hook: Callable[[int], bool], undo: ExitStack) -> None:
     """Call ``hook(batch_idx)`` after each batch, before Lightning decides whether it was a step.
 
-    Also for a batch that is ``None``, for which Lightning calls no hook of a callback before that. ``hook`` returns whether
-    Lightning gave the batch to be trained.
+    It is called for a batch that is ``None`` too, for which Lightning calls no hook of a callback. ``hook`` returns whether the
+    batch was trained.
 
-    Lightning does not count as started a batch that is ``None``, nor one at which ``on_train_batch_start`` ends the epoch;
-    the latter it does not count as completed either. From such counts it would not know where a checkpoint was saved.
+    Lightning does not count a batch that is ``None`` as started, nor a batch at which ``on_train_batch_start`` ends the epoch.
+    It does not count the latter as completed either. With these counts Lightning could not resume from a checkpoint at the
+    right batch, so they are corrected here.
+
+    Args:
+        trainer: The Trainer.
+        hook: The function to call.
+        undo: Restores Lightning when it is closed.
     """
     loop = trainer.fit_loop.epoch_loop
     update, progress = loop.update_lr_schedulers, cast(Any, loop.batch_progress)
 
     def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
         if not update_plateau_schedulers and interval == "step":
-            given = hook(progress.current.ready - 1)
-            _count_as_started(trainer, completed=given)
-        if trainer.lr_scheduler_configs:  # else there are none to update
+            trained = hook(progress.current.ready - 1)
+            _count_as_started(trainer, completed=trained)
+        if trainer.lr_scheduler_configs:  # without schedulers the call only costs time
             update(interval, update_plateau_schedulers=update_plateau_schedulers)
 
     _replace(loop, "update_lr_schedulers", update_lr_schedulers, undo)
@@ -111,21 +125,21 @@ def _count_as_started(trainer: Trainer, completed: bool) -> None:
 
 
 def count_batch_that_ended_epoch(trainer: Trainer) -> None:
-    """In ``on_train_epoch_end``: count the batch at which ``on_train_batch_start`` ended the epoch.
+    """Count the batch at which ``on_train_batch_start`` ended the epoch; called in ``on_train_epoch_end``.
 
-    Before 2.6 Lightning ends the epoch there and then; ``before_batch_counts`` does not see it.
+    Lightning before 2.6 ends the epoch at once, so ``before_batch_counts`` does not see this batch.
     """
     _count_as_started(trainer, completed=True)
 
 
 def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bool, undo: ExitStack) -> None:
-    """In ``on_train_start`` of a run that goes on: prepare its first batch.
+    """Prepare the first batch of a resumed run; called in ``on_train_start``.
 
     Args:
         trainer: The Trainer.
         before_fetch: Called once, before the first batch is fetched.
-        exact: Whether the loaders go on where they were: then Lightning says nothing of loaders that cannot.
-        undo: Puts everything back when it is closed.
+        exact: Whether the loaders can resume inside an epoch: Lightning's warning that they cannot is then suppressed.
+        undo: Restores Lightning when it is closed.
     """
     loop = trainer.fit_loop.epoch_loop
     reset, start_fetch = loop.reset, loop._on_before_fetch
@@ -147,9 +161,14 @@ def resume_quietly(trainer: Trainer, before_fetch: Callable[[], None], exact: bo
 
 
 def isolate_validation(trainer: Trainer, isolate: Callable[[], AbstractContextManager[None]], undo: ExitStack) -> None:
-    """Have validations run in a context, in which they draw no random numbers from those that training goes on with.
+    """Run validations in a context that keeps training's random generators unchanged.
 
-    A run that is resumed from a checkpoint just before a validation leaves the validation out.
+    Otherwise a run that resumes just before a validation would differ, since Lightning skips this validation.
+
+    Args:
+        trainer: The Trainer.
+        isolate: Returns the context.
+        undo: Restores Lightning when it is closed.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     run = loop.run
@@ -162,7 +181,7 @@ def isolate_validation(trainer: Trainer, isolate: Callable[[], AbstractContextMa
 
 
 def take_step(trainer: Trainer, batch_idx: int, counted: bool) -> None:
-    """Have the optimizer step with the gradients that are there.
+    """Make the optimizer step with the current gradients.
 
     Args:
         trainer: The Trainer, in automatic optimization.
@@ -172,7 +191,7 @@ def take_step(trainer: Trainer, batch_idx: int, counted: bool) -> None:
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
 
     def closure() -> Tensor:
-        return torch.zeros((), device=trainer.strategy.root_device)  # a loss: with None a loss scaler would skip the step
+        return torch.zeros((), device=trainer.strategy.root_device)  # not None, since a loss scaler would then skip the step
 
     if counted:
         optimizer = trainer.strategy._lightning_optimizers[0]
@@ -182,42 +201,42 @@ def take_step(trainer: Trainer, batch_idx: int, counted: bool) -> None:
 
 
 def set_steps_taken(trainer: Trainer, steps: int) -> None:
-    """Before a batch is fetched: say how many steps were taken.
+    """Set Lightning's number of steps; called before a batch is fetched.
 
-    Lightning counts one too many after a resume from a checkpoint that was saved inside a step.
+    After a resume from a checkpoint inside a step Lightning counts one step too many.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = steps
 
 
 def steps_taken(trainer: Trainer) -> int:
-    """In ``on_train_batch_end``: the batches that stepped so far, whatever number of optimizers stepped in each."""
+    """The number of batches with an optimizer step so far, for any number of optimizers; called in ``on_train_batch_end``."""
     loop = trainer.fit_loop.epoch_loop
     return loop._batches_that_stepped + (not loop._should_accumulate())
 
 
 def logged_at(trainer: Trainer) -> int:
-    """The x at which Lightning writes its own rows: the batches that stepped before."""
+    """The step number that Lightning gives its own logged values: the number of batches with a step before this one."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def writes_step(trainer: Trainer) -> bool:
-    """Whether Lightning will write what is logged in this step; what is logged in others costs time and is dropped."""
+    """Whether Lightning writes values that are logged in this step. Other values are dropped, and cost time."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    # as its logger connector has it, which takes as long as all else that is done in a step
+    # the same condition as in Lightning's logger connector, which is slow
     return bool(every) and ((trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0 or trainer.should_stop)
 
 
 def set_epoch_length(trainer: Trainer, index: int, batches: int) -> None:
-    """Tell Lightning that a training loader has another number of batches in the epoch under way than it began with.
+    """Change the number of batches of a training loader in the current epoch, for Lightning and its progress bar.
 
     Args:
         trainer: The Trainer.
-        index: The loader's index among all.
-        batches: Its batches.
+        index: Index of the loader.
+        batches: Its new number of batches.
     """
     loop = trainer.fit_loop
     combined = cast(Any, loop._combined_loader)
-    combined.limits[index] = batches  # in place: the live iterator shares the list
+    combined.limits[index] = batches  # in place, since the running iterator shares this list
     batches = len(combined)
     cast(Any, loop._data_fetcher).length = loop.max_batches = batches
     if isinstance(getattr(trainer, "val_check_interval", None), float):  # there is none where it is a time
@@ -230,10 +249,14 @@ def set_epoch_length(trainer: Trainer, index: int, batches: int) -> None:
 
 
 def ended_epoch(checkpoint: dict[str, Any], max_steps: int) -> bool:
-    """Whether Lightning resumes a checkpoint with the next epoch, without an ``on_train_epoch_end`` before.
+    """Whether Lightning resumes from a checkpoint with the next epoch, without a call of ``on_train_epoch_end`` before.
 
-    It does where the checkpoint was saved in ``on_train_batch_end`` of an epoch's last batch. With ``max_steps`` one saved in
-    ``on_train_epoch_end`` is made to look so: Lightning would end that epoch a second time, and count it twice.
+    It does so if the checkpoint was saved in ``on_train_batch_end`` of an epoch's last batch. With ``max_steps`` a checkpoint
+    that was saved in ``on_train_epoch_end`` is changed to look the same, because Lightning would count its epoch twice.
+
+    Args:
+        checkpoint: The checkpoint; its counts may be changed.
+        max_steps: The Trainer's ``max_steps``.
     """
     loop = checkpoint["loops"]["fit_loop"]
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
@@ -246,39 +269,42 @@ def ended_epoch(checkpoint: dict[str, Any], max_steps: int) -> bool:
 
 
 def begin_epoch(trainer: Trainer) -> None:
-    """Have Lightning begin the epoch after one that ``ended_epoch`` as any other.
+    """Make Lightning begin the next epoch in the usual way, after ``ended_epoch``.
 
-    It would go on as if inside an epoch: without ``on_train_epoch_start``, and without counting the epoch as begun, so that
-    from the checkpoints of the rest of the run it would train an epoch again, or leave out its validation.
+    Otherwise it would go on as if inside an epoch: without ``on_train_epoch_start``, and without counting the epoch. From later
+    checkpoints it would then train an epoch twice, or skip its validation.
     """
     trainer.fit_loop.reset_restart_stage()
 
 
 def set_batches_done(trainer: Trainer, batches: int, epoch_ended: bool) -> None:
-    """In ``on_train_start``: have Lightning resume an epoch after ``batches`` of its batches.
+    """Make Lightning resume an epoch after ``batches`` of its batches; called in ``on_train_start``.
 
-    The checkpoint counted the micro-batches of the run that saved it, and those of a step that was not finished.
+    The counts of the checkpoint are those of the micro-batches of the run that saved it, with those of an unfinished step.
 
     Args:
         trainer: The Trainer.
-        batches: Batches of the epoch that are done.
-        epoch_ended: Whether these are all, so that Lightning begins the next epoch.
+        batches: Number of completed batches of the epoch.
+        epoch_ended: Whether these are all batches, so that Lightning begins the next epoch.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     current, total = progress.current, cast(Any, progress.total)
-    # in `on_train_batch_end` the batch just done is not counted as completed yet; Lightning makes up for it on resume
+    # a checkpoint of `on_train_batch_end` does not count the last batch as completed; Lightning adds it when it resumes
     in_batch_end = total.ready == total.processed == total.completed + 1
     shift = batches - in_batch_end - current.completed
     for name in ("ready", "started", "processed", "completed"):
         setattr(current, name, getattr(current, name) + shift)
-        if not epoch_ended:  # the interval of validations may be counted over all epochs
+        if not epoch_ended:  # the total counts too, since the interval of validations may go over epochs
             setattr(total, name, getattr(total, name) + shift)
 
 
 def start_epoch_after_fit(checkpoint: dict[str, Any]) -> None:
-    """Have Lightning resume with the first batch of an epoch where a checkpoint was saved after the end of a fit.
+    """Make Lightning resume with the first batch of an epoch, from a checkpoint that was saved after the end of a fit.
 
-    With ``max_steps`` it takes the batches of the epoch that ended for batches of the next one.
+    With ``max_steps`` Lightning would count the batches of the completed epoch as batches of the next one.
+
+    Args:
+        checkpoint: The checkpoint; its counts may be changed.
     """
     loop = checkpoint["loops"]["fit_loop"]
     epochs, batches = loop["epoch_progress"]["total"], loop["epoch_loop.batch_progress"]
@@ -288,7 +314,7 @@ def start_epoch_after_fit(checkpoint: dict[str, Any]) -> None:
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:
-    """Take a training batch through the transfer hooks, as the training loop does."""
+    """Transfer a training batch to the device with all hooks, like the training loop."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -298,15 +324,20 @@ Train = Callable[[Any, bool, bool], "Tensor | None"]
 
 
 def logged_metrics(trainer: Trainer) -> dict[str, Metric]:
-    """What ``self.log`` has collected in this epoch, by name."""
+    """The values that ``self.log`` has collected in this epoch, by name."""
     return cast("dict[str, Metric]", trainer._results)
 
 
 def walk_steps(trainer: Trainer, walk: Callable[[Any, Train], Tensor | None], undo: ExitStack) -> None:
-    """Have every optimizer step take its batch through ``walk(batch, train)`` instead of one ``training_step``.
+    """Replace the one ``training_step`` of every optimizer step by ``walk(batch, train)``, which returns the step's loss.
 
-    ``train(part, first, last)`` runs ``training_step`` and the backward pass on a part of the batch and returns its loss. The
-    ``first`` part clears the gradients, the ``last`` one reduces them over the processes. ``walk`` returns the step's loss.
+    ``train(part, first, last)`` runs ``training_step`` and the backward pass on a part of the batch, and returns its loss. The
+    ``first`` part clears the gradients, and the ``last`` part reduces them over the processes.
+
+    Args:
+        trainer: The Trainer.
+        walk: Trains the parts of a batch.
+        undo: Restores Lightning when it is closed.
     """
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
 
@@ -338,6 +369,6 @@ def walk_steps(trainer: Trainer, walk: Callable[[Any, Train], Tensor | None], un
 
 
 def _set_batch(trainer: Trainer, batch: Any) -> None:
-    """Tell Lightning's log what is being trained: the batch's size is the weight of a value."""
+    """Set the batch of Lightning's logging: its size is the weight of logged values."""
     results = cast(Any, trainer._results)
     results.batch, results.batch_size = batch, None

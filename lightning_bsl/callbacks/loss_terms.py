@@ -1,4 +1,4 @@
-"""What the mean loss of a step is a mean over, where these are not its examples: tokens, pixels, boxes."""
+"""Losses that are means over terms other than examples: tokens, pixels, boxes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lightning_bsl.data.datamodule import data_parallel
 
 
 def has_loss_terms(module: LightningModule) -> bool:
-    """Whether a module says what its loss is a mean over."""
+    """Whether a module has a method ``loss_terms``, which counts the terms of its loss."""
     method = getattr(module, "loss_terms", None)
     return callable(method) and not isinstance(method, nn.Module)
 
 
 def count_terms(module: LightningModule, batch: Any) -> float:
-    """How many terms the mean loss of a batch is a mean over: what the module's ``loss_terms(batch)`` returns.
+    """The number of terms that the mean loss of a batch is a mean over: the return value of ``module.loss_terms(batch)``.
 
     Args:
         module: The LightningModule.
         batch: A batch, as ``training_step`` gets it.
 
     Raises:
-        MisconfigurationException: No number, or one that is negative or not finite.
+        MisconfigurationException: The method returned no number, or a number that is negative or not finite.
     """
     with torch.no_grad():
         value: Any = module.loss_terms(batch)  # type: ignore[operator]
@@ -44,10 +44,10 @@ def count_terms(module: LightningModule, batch: Any) -> float:
     if not is_number and not (
         isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
     ):
-        found = f"a tensor of {value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        kind = f"a tensor of {value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise MisconfigurationException(
-            f"`{type(module).__name__}.loss_terms` returned {found}; return an int, a float or a scalar tensor: how many terms "
-            "the mean loss of the batch is a mean over"
+            f"`{type(module).__name__}.loss_terms` returned {kind}; return an int, a float or a scalar tensor: the number of "
+            "terms that the mean loss of the batch is a mean over"
         )
     number = float(value)
     if not 0 <= number < math.inf:
@@ -58,28 +58,29 @@ def count_terms(module: LightningModule, batch: Any) -> float:
 
 
 def terms_or_examples(module: LightningModule, batch: Any, examples: int) -> float:
-    """The terms of a batch where the module counts them, else its examples."""
+    """The number of terms of a batch if the module counts them, else the number of its examples."""
     return count_terms(module, batch) if has_loss_terms(module) else examples
 
 
 class LossTerms:
-    """The terms of the step under way: what each micro-batch's mean loss counts for, and what their sum is divided by.
+    """The terms of the current step: the weight of each micro-batch, and the correction of the gradient at the end.
 
-    A step's gradient is ``sum n_i grad L_i / sum n_i`` over its micro-batches, and over those of all processes; n_i is the
-    number of terms of micro-batch i, and L_i the mean loss over them. The sum of the n_i is known only at the step's end. So
-    each loss is weighed by ``n_i / unit`` and the gradient is divided once. The unit is what the sum is expected to be: by the
-    first micro-batch, or over several processes by the step before. So gradients in half precision are about as large as in
-    one piece; on one process also where the terms turn out to be many more.
+    A step's gradient is ``sum n_i grad L_i / sum n_i`` over its micro-batches on all processes, where n_i is the number of
+    terms of micro-batch i and L_i the mean loss over them. The sum of the n_i is known only at the end of the step. So each
+    loss gets the weight ``n_i / unit``, and the gradient is multiplied once by ``unit / sum n_i``. The unit is an estimate of
+    the sum: from the first micro-batch, or with several processes from the previous step. This keeps gradients in half
+    precision at about their usual size. With one process the unit grows if there are many more terms than estimated.
 
     Args:
-        count: The terms of a batch.
+        count: Returns the number of terms of a batch.
         total: Sums a number over the processes that share a step.
-        processes: Their number.
-        multiply: Multiplies the gradients that are there by a number; of one process only.
-        at_once: Whether the sum must be known before the backward pass, as nobody is asked before the optimizer steps.
+        processes: Number of these processes.
+        at_once: Whether the sum must be known before the backward pass (manual optimization, where the gradient cannot be
+            corrected before the optimizer steps).
+        multiply: Multiplies the existing gradients by a number; used with one process only.
 
     Attributes:
-        per_example: Terms of an example, as of the last step that had any; 0 where there was none yet.
+        per_example: Terms per example in the last step that had any; 0 before the first such step.
 
     Example:
         >>> terms = LossTerms(count=len)
@@ -107,11 +108,11 @@ class LossTerms:
         self._count, self._total, self._at_once, self._multiply = count, total, at_once, multiply
         self._examples, self._whole = 0, True
         self._unit = 0.0
-        self._trained: dict[int, float] = {}  # by micro-batch: a closure may be called several times
+        self._trained: dict[int, float] = {}  # micro-batch -> terms; a dict, since a closure may be called several times
 
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule) -> LossTerms | None:
-        """Those of a fit; ``None`` where the module does not say what its loss is a mean over."""
+        """The terms of a fit; ``None`` if the module does not count them."""
         if not has_loss_terms(module):
             return None
         processes = data_parallel(trainer)[1]
@@ -122,7 +123,8 @@ class LossTerms:
             device = trainer.strategy.root_device
             dtype = torch.float32 if device.type == "mps" else torch.float64
             summed: Any = trainer.strategy.reduce(torch.tensor(value, dtype=dtype, device=device), reduce_op="sum")
-            return float(summed) * processes / trainer.world_size  # with tensor parallelism several train on the same
+            # with tensor parallelism several processes train on the same examples
+            return float(summed) * processes / trainer.world_size
 
         def multiply(factor: float) -> None:
             for parameter in module.parameters():
@@ -136,19 +138,19 @@ class LossTerms:
         """Begin a step.
 
         Args:
-            examples: Of the step, over all processes.
-            split: Whether it has several micro-batches.
+            examples: Examples of the step, over all processes.
+            split: Whether the step has several micro-batches.
         """
         self._examples, self._unit = max(1, examples), 0.0
-        self._whole = not split and self.processes == 1  # then nothing is weighed
+        self._whole = not split and self.processes == 1  # then no weights are needed
         self._trained.clear()
 
     def begin_piece(self, batch: Any, examples: int) -> None:
         """Begin a micro-batch.
 
         Args:
-            batch: The batch; ``None`` where there is nothing to train.
-            examples: Examples of it.
+            batch: The batch; ``None`` if there is nothing to train.
+            examples: Number of its examples.
         """
         self.piece = 0.0 if batch is None else self._count(batch)
         if self._whole:
@@ -157,8 +159,8 @@ class LossTerms:
             self._unit = self._total(self.piece)
         elif self.processes > 1:
             if not self._unit:
-                each = self.per_example or self._total(self.piece / max(1, examples)) / self.processes
-                self._unit = self._expected(each)
+                per_example = self.per_example or self._total(self.piece / max(1, examples)) / self.processes
+                self._unit = self._expected(per_example)
         elif not self._unit:
             self._unit = self._expected(self.piece / max(1, examples)) if self.piece else 0.0
         elif (terms := sum(self._trained.values()) + self.piece) > 2 * self._unit:
@@ -167,24 +169,24 @@ class LossTerms:
             if self._multiply is not None:
                 self._multiply(1 / shrink)
 
-    def _expected(self, each: float) -> float:
-        """The terms of the step, by those of an example."""
-        # a power of two for each example: then it does not matter for the rounding which one it is
-        return self._examples * 2.0 ** round(math.log2(each)) if each else float(self._examples)
+    def _expected(self, per_example: float) -> float:
+        """The estimated number of terms of the step."""
+        # a power of two per example, so that another estimate gives the same rounding
+        return self._examples * 2.0 ** round(math.log2(per_example)) if per_example else float(self._examples)
 
     @property
     def weight(self) -> float:
-        """What the mean loss of the current micro-batch is multiplied by, where processes are averaged."""
+        """The weight of the current micro-batch's mean loss (the processes are then averaged)."""
         return self.piece * self.processes / self._unit if self.piece else 0.0
 
     def mean_with(self, mean: Tensor | None, loss: Tensor) -> Tensor:
-        """The mean loss over what this process has trained of the step, the current micro-batch included.
+        """The mean loss over what this process has trained of the step, including the current micro-batch.
 
         Args:
-            mean: Without it; ``None`` before the first.
-            loss: Of the current micro-batch.
+            mean: The mean before the current micro-batch; ``None`` for the first.
+            loss: The loss of the current micro-batch.
         """
-        if not self.piece:  # over nothing it may be NaN
+        if not self.piece:  # the loss of a batch without terms may be NaN
             return torch.zeros_like(loss) if mean is None else mean
         return loss if mean is None else mean + (loss - mean) * (self.piece / sum(self._trained.values()))
 
@@ -194,13 +196,13 @@ class LossTerms:
         return any(self._trained.values())
 
     def note_backward(self, part: int) -> None:
-        """The current micro-batch, of index ``part`` in the step, has a loss."""
+        """Record that the current micro-batch, of index ``part`` in the step, has a loss."""
         self._trained[part] = self.piece
 
     def factor(self) -> float:
-        """What the weighed gradients are multiplied by to be a mean over the terms that were trained; 0 where there are none.
+        """The factor that makes the weighted gradients the mean over the trained terms; 0 if there are none.
 
-        The processes meet here.
+        All processes must call it, since they sum their terms here.
         """
         if self._at_once:
             return 1.0
@@ -213,19 +215,19 @@ class LossTerms:
 
 
 class MaskWarning:
-    """Says so, once, where a batch is masked, steps are cut, and nobody says what the loss is a mean over.
+    """Warns once if a batch is masked and its step is divided, but the module does not count the terms of its loss.
 
     Args:
         module: The LightningModule.
-        processes: Processes that share a step.
-        looks: How many batches to look at: on a GPU each look at labels waits for the device.
+        processes: Number of processes that share a step.
+        looks: Number of batches to check: on a GPU each check of labels waits for the device.
     """
 
     def __init__(self, module: LightningModule, processes: int = 1, looks: int = 100) -> None:
         self._module, self.processes, self._looks = module, processes, looks
 
     def __call__(self, batch: Any, split: bool) -> None:
-        """Look at a batch.
+        """Check a batch.
 
         Args:
             batch: The batch.
@@ -236,18 +238,18 @@ class MaskWarning:
             if reason := _mask(batch):
                 self._looks = 0
                 rank_zero_warn(
-                    f"the batch has {reason}, and steps are cut into pieces (micro-batches, or the shares of several "
-                    "processes) that are weighed by their examples. If the loss is a mean over what is not masked, the "
-                    f"gradient of a step is then not that of its mean loss: give {type(self._module).__name__} a method "
-                    "`loss_terms(batch)` that returns how many terms the mean loss of a batch is a mean over, such as "
-                    "`(batch['labels'] != -100).sum()`. If it is a mean over examples, return their number"
+                    f"the batch has {reason}, and steps are divided into pieces (micro-batches, or the shares of several "
+                    "processes) whose weights are their numbers of examples. If the loss is a mean over what is not masked, "
+                    f"the gradient of a step is then not that of its mean loss: give {type(self._module).__name__} a method "
+                    "`loss_terms(batch)` that returns the number of terms that the mean loss of a batch is a mean over, such "
+                    "as `(batch['labels'] != -100).sum()`. If the loss is a mean over examples, return their number"
                 )
 
 
 def _mask(batch: Any) -> str | None:
-    """What of a batch is masked, as far as conventions of `transformers` and torch say."""
+    """The masked part of a batch by the conventions of `transformers` and torch; ``None`` if there is none."""
     if isinstance(batch, Tensor):
-        # cross-entropy takes labels of no other type
+        # cross-entropy takes only int64 labels
         labels = batch.dtype == torch.int64 and batch.layout == torch.strided and not batch.is_nested
         return "labels of -100" if labels and bool((batch == -100).any()) else None
     if is_dataclass(batch):
@@ -264,21 +266,21 @@ def _mask(batch: Any) -> str | None:
 
 
 def without_gradient(loss: Tensor, parameters: Iterable[Tensor], alone: bool) -> ExitStack:
-    """Have the backward pass of a loss over nothing add nothing, where it would add NaN (a mean over nothing is 0/0).
+    """Make the backward pass of a loss without terms add nothing. Otherwise it may add NaN, since a mean over nothing is 0/0.
 
-    It is run all the same: other processes wait for the gradients of every parameter. There every step of the backward pass
-    gives zeros, but for what runs a backward pass of its own (reentrant checkpoints).
+    The backward pass still runs, because other processes wait for the gradients of every parameter. With several processes
+    every node of the graph then gives zeros, except nodes with a backward pass of their own (reentrant checkpoints).
 
     Args:
         loss: The loss.
-        parameters: Of the module.
-        alone: Whether there is one process.
+        parameters: The parameters of the module.
+        alone: Whether there is only one process.
 
     Returns:
-        To be closed after the backward pass.
+        A context to be closed after the backward pass.
     """
     undo = ExitStack()
-    if alone:  # then what it adds can be thrown away
+    if alone:  # the old gradients are put back afterwards
         for parameter in parameters:
             undo.callback(_put_back, parameter, parameter.grad)
             parameter.grad = None
@@ -286,11 +288,11 @@ def without_gradient(loss: Tensor, parameters: Iterable[Tensor], alone: bool) ->
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen or node.name().endswith("AccumulateGrad"):  # the last is a parameter
+        if node is None or node in seen or node.name().endswith("AccumulateGrad"):  # an AccumulateGrad node is a parameter
             continue
         seen.add(node)
         handle = node.register_hook(
-            lambda inputs, _: tuple(None if each is None else torch.zeros_like(each) for each in inputs)
+            lambda inputs, _: tuple(None if gradient is None else torch.zeros_like(gradient) for gradient in inputs)
         )
         undo.callback(handle.remove)
         nodes += [following for following, _ in node.next_functions]
@@ -302,19 +304,19 @@ def _zeros(gradient: Tensor | None) -> Tensor | None:
 
 
 def _put_back(parameter: Tensor, gradient: Tensor | None) -> None:
-    # a loss scaler must find a gradient where there was none
+    # zeros where there was no gradient, since a loss scaler needs at least one
     parameter.grad = _zeros(parameter.grad) if gradient is None else gradient
 
 
 def skip_step(optimizer: Optimizer, scaler: Any = None) -> None:
-    """In ``on_before_optimizer_step``: have the step change nothing, as one whose loss is ``None``.
+    """Make a step change nothing, like one whose loss is ``None``. It is called in ``on_before_optimizer_step``.
 
     Args:
         optimizer: The optimizer that is about to step.
-        scaler: The loss scaler of mixed precision, where it will take the step.
+        scaler: The loss scaler of mixed precision, if it will take the step.
     """
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        scaler.unscale_(optimizer)  # it would look for infinities as it steps, and find no gradient to look at
+        scaler.unscale_(optimizer)  # now, while there are gradients: later it would find none to check for infinities
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None

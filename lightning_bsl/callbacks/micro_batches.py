@@ -1,4 +1,4 @@
-"""The pieces that a step is made of, and the largest that fit in memory."""
+"""The micro-batches of a step, and the search for the largest micro-batch that fits in memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 
 class MicroBatch(NamedTuple):
-    """What one process puts through the model at once.
+    """The examples that one process puts through the model at once.
 
     Args:
-        examples: Examples of it.
-        weight: What its mean loss is multiplied by, where the gradients of processes are averaged.
-        terms: Terms that its loss is a mean over, where the module says so; else its examples.
+        examples: Number of examples.
+        weight: Weight of its mean loss in the step's loss (the gradients of the processes are then averaged).
+        terms: Number of terms that its loss is a mean over, if the module counts them; else the number of examples.
     """
 
     examples: int
@@ -38,11 +38,11 @@ class MicroBatch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How a step is cut, where that does not follow from the number of its examples.
+    """The division of a step that does not follow from the number of its examples.
 
     Args:
-        slices: This process's micro-batches, one after another in its share; ``None`` where their number says it all.
-        longest: The length of the longest example in the share of each process; nothing where it is not known.
+        slices: This process's micro-batches as slices of its share; ``None`` if they follow from the number of examples.
+        longest: Length of the longest example in the share of each process; empty if the lengths are not known.
     """
 
     slices: tuple[slice, ...] | None = None
@@ -53,24 +53,23 @@ _BY_NUMBER = Parts()
 
 
 class StepSplitter:
-    """The micro-batches of the step under way: which one is next, what each counts for, and when the step is complete.
+    """The micro-batches of the current step: the current one, its weight, and whether the step is complete.
 
-    Its place follows from the batches that came, trained or not. What each counts for follows from the examples, or from the
-    terms that the module says its loss is a mean over: a step's gradient is the mean over those that were trained, also where
-    a micro-batch had nothing to train.
+    The weights are numbers of examples, or of terms if the module counts them. The step's gradient is the mean over all
+    examples or terms that were trained, even if a micro-batch had nothing to train.
 
     Args:
-        limit: Most examples of a micro-batch; ``None`` for no bound.
+        limit: Largest number of examples of a micro-batch; ``None`` for no limit.
 
     Attributes:
-        cut: How a step is cut; set when a fit begins.
+        cut: How a step is divided; set when a fit begins.
         examples: Examples of the step, over all processes.
         pieces: This process's micro-batches.
-        part: Index of the current one.
+        part: Index of the current micro-batch.
         split: Whether the step has several micro-batches.
-        terms: What the loss is a mean over, where these are not the examples; set when a fit is set up.
-        watch: Looks at the batches of steps that are cut; set when a fit is set up.
-        corrected: What the gradients were multiplied by already to be a mean.
+        terms: Counts the terms of the loss, if the module does; set at the start of a fit.
+        watch: Warns of masked batches in divided steps; set at the start of a fit.
+        corrected: The factor by which the gradients of the step were multiplied to be a mean.
 
     Example:
         >>> splitter = StepSplitter(limit=2)
@@ -95,12 +94,12 @@ class StepSplitter:
         self.terms: LossTerms | None = None
         self.watch: MaskWarning | None = None
         self.corrected = 1.0
-        self._divided: set[int] = set()  # optimizers whose gradients are a mean already
+        self._divided: set[int] = set()  # ids of the optimizers whose gradients are a mean already
         self._counts: list[int] = []  # examples of the micro-batches so far
-        self._with_loss: set[int] = set()  # the indices of those that had one
+        self._with_loss: set[int] = set()  # indices of the micro-batches that had a loss
 
     def begin_fit(self, cut: Cut) -> None:
-        """Begin a fit, in which every step is cut by ``cut``."""
+        """Begin a fit, in which ``cut`` divides every step."""
         self.cut = cut
         self.drop()
 
@@ -125,7 +124,7 @@ class StepSplitter:
 
     @property
     def weight(self) -> float:
-        """What the mean loss of the current micro-batch counts for in the step's, where processes are averaged."""
+        """The weight of the current micro-batch's mean loss in the step's loss (the processes are then averaged)."""
         if self.terms is not None:
             return self.terms.weight
         if not self.examples or not (self.split or self.cut.world_size > 1):
@@ -144,7 +143,7 @@ class StepSplitter:
 
     @property
     def correction(self) -> float:
-        """What the sum of the gradients is to be multiplied by to be the mean over what was trained."""
+        """The factor that makes the sum of the gradients the mean over the examples that were trained."""
         if not self.split:
             return 1.0
         share, trained = self.pieces[-1].stop - self.pieces[0].start, sum(self._counts[i] for i in self._with_loss)
@@ -159,9 +158,9 @@ class StepSplitter:
         """Begin a step.
 
         Args:
-            examples: Of the step, over all processes; 0 where it trains on other loaders alone.
-            batch_size: What the schedule says.
-            parts: How it is cut.
+            examples: Examples of the step, over all processes; 0 if it trains only on other loaders.
+            batch_size: The scheduled batch size.
+            parts: How the step is divided.
         """
         self.pieces = parts.slices or (self.cut(examples, batch_size) if examples else (slice(0, 0),))
         self.split = len(self.pieces) > 1
@@ -174,14 +173,14 @@ class StepSplitter:
         """Begin the current micro-batch.
 
         Args:
-            examples: What was counted in it, where that is not as cut.
-            batch: The batch; ``None`` where there is nothing to train.
+            examples: Number of its examples, if it may differ from the planned one.
+            batch: The batch; ``None`` if there is nothing to train.
         """
         self._count_examples(examples)
         if self.watch is not None:
             self.watch(batch, self.split)
         if self.terms is not None:
-            # a process without a share only keeps the others company
+            # a process with an empty share trains an example with weight 0, so it has no terms
             self.terms.begin_piece(batch if self.micro_batch or not self.examples else None, self.micro_batch)
 
     def _count_examples(self, examples: int | None) -> None:
@@ -190,14 +189,14 @@ class StepSplitter:
         self._counts.append(piece.stop - piece.start if examples is None else examples)
 
     def note_backward(self) -> None:
-        """The current micro-batch has a loss."""
+        """Record that the current micro-batch has a loss."""
         self._with_loss.add(self.part)
         self._divided.clear()
         if self.terms is not None:
             self.terms.note_backward(self.part)
 
     def correct(self, optimizer: Optimizer, scaler: Any = None) -> None:
-        """Make the gradient the mean over what was trained; before clipping.
+        """Make the gradient the mean over all that was trained, before it is clipped.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -218,38 +217,38 @@ class StepSplitter:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
-    def step_where_lightning_does_not(self, trainer: Trainer, batch_idx: int, given: bool) -> None:
-        """Take the step that is complete with a micro-batch that had nothing to train.
+    def step_where_lightning_does_not(self, trainer: Trainer, batch_idx: int, trained: bool) -> None:
+        """Take the optimizer step if the last micro-batch had nothing to train and Lightning skips the step.
 
         Args:
             trainer: The Trainer.
             batch_idx: Index of the batch.
-            given: Whether Lightning gave the batch to be trained: it is not ``None``.
+            trained: Whether Lightning called ``training_step``: it does not for a batch that is ``None``.
 
         Raises:
-            RuntimeError: A batch that is ``None`` on one of several processes.
+            RuntimeError: A batch that is ``None``, in a run of several processes.
         """
-        if given and not self.split:
+        if trained and not self.split:
             return
-        if not given and trainer.world_size > 1:
+        if not trained and trainer.world_size > 1:
             raise RuntimeError(
-                "the training loader gave a batch that is None, while other processes train on theirs: none can skip a batch "
-                "alone. Have `collate_fn` leave out only what it cannot read, or put something in its place"
+                "the training loader gave a batch that is None, but with several processes none of them can skip a batch. Let "
+                "`collate_fn` leave out only examples that it cannot read, or put other examples in their place"
             )
         complete = self.last or trainer.is_last_batch
         if not (self.split and complete and self.has_gradient) or self.has_loss or self.corrected == 0:
             return
         if self.terms is not None and self.terms.processes == 1 and not self.terms.trained:
-            return  # there was nothing to train in any
-        # Lightning steps at a batch whose loss is None, but a loss scaler then leaves out the step
-        if not given or getattr(trainer.precision_plugin, "scaler", None) is not None:
-            take_step(trainer, batch_idx, counted=given)
+            return  # no micro-batch had any terms
+        # Lightning steps at a batch whose loss is None, but a loss scaler then skips the step
+        if not trained or getattr(trainer.precision_plugin, "scaler", None) is not None:
+            take_step(trainer, batch_idx, counted=trained)
 
     def end_piece(self, ended: bool = False) -> bool:
-        """The current micro-batch is over; return whether the step is complete.
+        """End the current micro-batch; return whether the step is complete.
 
         Args:
-            ended: Whether the epoch ends with it: Lightning then steps.
+            ended: Whether the epoch ends with this micro-batch: Lightning then takes the step.
         """
         if self.ends(ended):
             self.drop()
@@ -258,21 +257,21 @@ class StepSplitter:
         return False
 
     def drop(self) -> None:
-        """There is no step under way: the last one is complete, or the epoch ended inside it."""
+        """End the step: it is complete, or the epoch ended inside it."""
         self.pieces, self.split = (), False
 
     def state_dict(self) -> dict[str, Any]:
-        """The largest micro-batch, in examples or tokens, where one was found, and the terms of an example."""
+        """The largest micro-batch that fitted, in examples or tokens, and the terms per example."""
         terms = self.terms.per_example if self.terms is not None else 0.0
         return {"micro_batch_size": None, "micro_batch_tokens": None, "terms_per_example": terms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state."""
         if self.terms is not None:
             self.terms.per_example = state["terms_per_example"]
 
     def windows(self, batch_idx: int) -> int:
-        """The ``accumulate_grad_batches`` that has Lightning step at the last micro-batch alone, and never clear gradients.
+        """The ``accumulate_grad_batches`` with which Lightning steps only at the last micro-batch, and never clears gradients.
 
         Lightning steps when ``(i + 1) % accumulate == 0`` and clears the gradients when ``i % accumulate == 0``.
 
@@ -285,70 +284,71 @@ class StepSplitter:
 
 
 class MemoryCeiling(StepSplitter):
-    """Takes steps whole where memory allows, else in the largest micro-batches that fit.
+    """Trains whole steps while they fit in memory, and else the largest micro-batches that fit.
 
-    A step that runs out of memory is undone and repeated in micro-batches of half the size, which is then the bound for all
-    later steps. Over several processes none can repeat a step alone, since the others wait for its gradients: there each new
-    size is tried first, its gradients thrown away, and all processes go by the one that has the least memory.
+    A step that runs out of memory is undone and repeated in micro-batches of half the size. This size is then the limit for
+    all later steps. With several processes none can repeat a step alone, since the others wait for its gradients. There each
+    new size is tried before the step, without keeping its gradients, and the process with the least memory decides.
 
-    Where the lengths of the examples are known, the bound is one on padded tokens: the examples that fitted x the longest of
-    their step. So a step of long examples does not halve the micro-batches of those after it.
+    If the lengths of the examples are known, the limit is a number of padded tokens: the examples that fitted x the longest
+    example of their step. So one step of long examples does not halve the micro-batches of later, shorter ones.
 
-    The loader gives whole steps; they are cut here.
+    The loader gives whole steps; this class splits them.
 
     Attributes:
-        size: The bound on a micro-batch's examples, ``None`` as long as every step fitted whole.
-        tokens: The bound on its padded tokens, in the place of ``size`` where lengths are known.
+        size: Largest number of examples of a micro-batch; ``None`` while every step fitted whole.
+        tokens: Largest number of padded tokens of a micro-batch; it replaces ``size`` if the lengths are known.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.size: int | None = None
         self.tokens: float | None = None
-        self._lengths: tuple[float, ...] = ()  # of the longest example of each process in this step
-        self._tried: dict[int, tuple[float, float]] = {}  # by process: most padded tokens that fitted, and the longest example
+        self._lengths: tuple[float, ...] = ()  # length of the longest example of each process in this step
+        self._tried: dict[int, tuple[float, float]] = {}  # process -> most padded tokens that fitted, and the longest example
         self._stepped = False
 
     def begin(self, examples: int, batch_size: int, parts: Parts = _BY_NUMBER) -> None:
-        """Begin a step, in one piece."""
+        """Begin a step, as one micro-batch."""
         self.cut, self._lengths = replace(self.cut, max_device_batch_size=None), parts.longest
         super().begin(examples, batch_size)
 
     def begin_piece(self, examples: int | None = None, batch: Any = None) -> None:
-        """Begin the step's batch; its terms are counted in the parts that are trained."""
+        """Begin the step's batch; its terms are counted later, for each micro-batch."""
         self._count_examples(examples)
 
     def state_dict(self) -> dict[str, Any]:
-        """The largest micro-batch, where one was found, and the terms of an example."""
+        """The largest micro-batch that fitted, and the terms per example."""
         return super().state_dict() | {"micro_batch_size": self.size, "micro_batch_tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state."""
         super().load_state_dict(state)
         self.size, self.tokens = state["micro_batch_size"], state["micro_batch_tokens"]
 
     @property
     def _longest(self) -> float | None:
-        """The longest example of the step."""
+        """Length of the longest example of the step."""
         return max(self._lengths, default=None)
 
     def _most(self, largest: int) -> int:
-        """Most examples of this step at once, out of ``largest``."""
+        """The largest number of examples of this step at once, at most ``largest``."""
         if self._longest is not None and self.tokens is not None:
             return max(1, min(largest, int(self.tokens // self._longest)))
         return min(largest, self.size or largest)
 
     def _bound(self, size: int) -> None:
-        """From now on no more than ``size`` examples as long as this step's."""
+        """Set the limit to ``size`` examples of the length of this step's longest one."""
         if self._longest is None:
             self.size = size
         else:
             self.tokens = size * self._longest
 
     def _needs(self, size: int) -> dict[int, tuple[float, float]]:
-        """The most padded tokens of each process's micro-batches, and its longest example, where each has at most ``size``.
+        """For each process: most padded tokens of its micro-batches of at most ``size`` examples, and its longest example.
 
-        A model may need more memory for the same tokens in longer examples. Where lengths are not known each counts for one.
+        A model may need more memory for the same number of tokens in longer examples. Without lengths an example counts as one
+        token.
         """
         needs = {}
         for rank in range(self.cut.world_size):
@@ -358,7 +358,7 @@ class MemoryCeiling(StepSplitter):
         return needs
 
     def _was_tried(self, size: int) -> bool:
-        """Whether each process had room for as much before."""
+        """Whether micro-batches of this size, or larger ones, fitted on every process before."""
         for rank, (tokens, length) in self._needs(size).items():
             most_tokens, longest = self._tried.get(rank, (0.0, 0.0))
             if tokens > most_tokens or length > longest:
@@ -366,7 +366,7 @@ class MemoryCeiling(StepSplitter):
         return True
 
     def _note_tried(self, size: int) -> None:
-        """Each process had room for micro-batches of this size."""
+        """Record that micro-batches of this size fitted on every process."""
         for rank, (tokens, length) in self._needs(size).items():
             most_tokens, longest = self._tried.get(rank, (0.0, 0.0))
             self._tried[rank] = max(tokens, most_tokens), max(length, longest)
@@ -376,15 +376,15 @@ class MemoryCeiling(StepSplitter):
 
         Args:
             trainer: The Trainer.
-            batch: This process's share of the step: tensors whose first dimension is the share, in lists, tuples and dicts.
+            batch: This process's share of the step: tensors whose first dimension are the examples, in lists, tuples and dicts.
             train: Trains a part of the batch: ``train(part, first, last)``.
 
         Returns:
             The mean loss over the share.
 
         Raises:
-            RuntimeError: Out of memory with one example; or with several processes, in a step of a size that had fitted.
-            MisconfigurationException: A batch that has to be split and cannot be.
+            RuntimeError: Out of memory with one example; or, with several processes, with a size that had fitted before.
+            MisconfigurationException: A batch that must be split and cannot be.
         """
         largest = -(-self.examples // self.cut.world_size)
         size = self._most(largest)
@@ -394,7 +394,8 @@ class MemoryCeiling(StepSplitter):
             while not trainer.strategy.reduce_boolean_decision(self._fits(trainer, batch, size, train)):
                 if size == 1:
                     raise torch.OutOfMemoryError(
-                        "out of memory with micro-batches of one example, on one of the processes at least"
+                        "out of memory with micro-batches of one example, on at least one process: write a smaller model or "
+                        "shorter examples"
                     )
                 _warn_of(size, self._longest)
                 size = -(-size // 2)
@@ -406,16 +407,16 @@ class MemoryCeiling(StepSplitter):
             if not is_out_of_memory(error):
                 raise
             raise torch.OutOfMemoryError(
-                f"out of memory with micro-batches of {size} examples, which had fitted before; with several processes "
-                f"none can repeat the step alone. Resume from the last checkpoint with `max_device_batch_size={size // 2}`"
+                f"out of memory with micro-batches of {size} examples, which had fitted before; with several processes none "
+                f"can repeat the step alone. Resume from the last checkpoint with `max_device_batch_size={max(1, size // 2)}`"
             ) from error
-        if not self._stepped:  # the optimizer has its buffers only now, so what was tried has to prove itself beside them
+        if not self._stepped:  # the optimizer has allocated its buffers only now, so every size must be tried again
             self._stepped = True
             self._tried.clear()
         return loss
 
     def _alone(self, trainer: Trainer, batch: Any, size: int, train: Train) -> Tensor | None:
-        """Train a step, and train it again in smaller pieces where it did not fit."""
+        """Train a step, and train it again in smaller micro-batches if it does not fit."""
         before = Snapshot(trainer)
 
         def undo() -> None:
@@ -428,11 +429,11 @@ class MemoryCeiling(StepSplitter):
         return loss
 
     def _fits(self, trainer: Trainer, batch: Any, size: int, train: Train) -> bool:
-        """Try the largest micro-batch, with the other processes."""
+        """Try the largest micro-batch, as all processes do at the same time."""
         model = trainer.strategy.model
         before, syncs = Snapshot(trainer), getattr(model, "require_forward_param_sync", False)
         if isinstance(model, DistributedDataParallel):
-            model.require_forward_param_sync = False  # a process without memory would not get to where the next is turned off
+            model.require_forward_param_sync = False  # DDP must not communicate here: a process may run out of memory before
         try:
             self._train(batch, size, train, trial=True)
             fits = True
@@ -441,14 +442,14 @@ class MemoryCeiling(StepSplitter):
                 raise
             fits = False
         if not fits:
-            garbage_collection_cuda()  # only now is the error gone, which held the frames and thereby their tensors
+            garbage_collection_cuda()  # after the `except` block: the error kept the frames, and so their tensors, alive
         before.restore()
         if isinstance(model, DistributedDataParallel):
             model.require_forward_param_sync = syncs
         return fits
 
     def _train(self, batch: Any, size: int, train: Train, trial: bool = False) -> Tensor | None:
-        """Train the step in micro-batches of ``size``, or try the largest; return the mean loss over what was trained."""
+        """Train the step in micro-batches of ``size``, or try the largest one; return the mean loss of what was trained."""
         self.cut = replace(self.cut, max_device_batch_size=size or None)
         super().begin(self.examples, self.examples)
         first = self.pieces[0].start
@@ -473,23 +474,25 @@ class MemoryCeiling(StepSplitter):
 
 def _warn_of(size: int, longest: float | None) -> None:
     half = -(-size // 2)
-    tokens = "" if longest is None else f" of {longest:.10g} tokens, or as many shorter ones as have {half * longest:.10g}"
+    tokens = (
+        "" if longest is None else f" of {longest:.10g} tokens, or more shorter ones of {half * longest:.10g} tokens together"
+    )
     rank_zero_warn(
-        f"out of memory with micro-batches of {size} examples; going on with {half}{tokens}. (BatchNorm, if there is any, "
-        "takes its statistics from micro-batches.)"
+        f"out of memory with micro-batches of {size} examples; going on with {half}{tokens}. If the model has BatchNorm, its "
+        "statistics are now those of micro-batches"
     )
 
 
 def halved_to_fit(size: int, attempt: Callable[[int], T], undo: Callable[[], None] | None = None) -> tuple[int, T]:
-    """Attempt something with ``size`` examples at once, and with half of them wherever memory runs out.
+    """Attempt something with ``size`` examples at once, and with half of them each time that memory runs out.
 
     Args:
-        size: Examples at once, to begin with.
+        size: The first number of examples.
         attempt: Called with the number of examples.
-        undo: Called after an attempt that failed.
+        undo: Called after a failed attempt.
 
     Returns:
-        The number that fitted, and what the attempt returned.
+        The number that fitted, and the return value of the attempt.
 
     Raises:
         RuntimeError: Out of memory with one example.
@@ -500,19 +503,29 @@ def halved_to_fit(size: int, attempt: Callable[[int], T], undo: Callable[[], Non
         except RuntimeError as error:
             if not is_out_of_memory(error) or size <= 1:
                 raise
-        garbage_collection_cuda()  # only now is the error gone, which held the frames and thereby their tensors
+        garbage_collection_cuda()  # after the `except` block: the error kept the frames, and so their tensors, alive
         if undo is not None:
             undo()
         size = -(-size // 2)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the host had no memory left."""
+    """Whether an error says that a device or the host is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
 
 
 def cut(value: Any, start: int, count: int, share: int) -> Any:
-    """``count`` of a batch's examples; one where there are none, since even a process without a share takes part."""
+    """Take ``count`` examples of a batch; or one if ``count`` is 0, since a process with an empty share takes part too.
+
+    Args:
+        value: The batch, or a part of it.
+        start: Index of the first example.
+        count: Number of examples to take.
+        share: Number of examples of the batch.
+
+    Raises:
+        MisconfigurationException: A tensor or list that does not have ``share`` entries.
+    """
     if isinstance(value, Tensor) or _is_leaf(value):
         if isinstance(value, Tensor) and not value.dim():
             return value
@@ -524,14 +537,14 @@ def cut(value: Any, start: int, count: int, share: int) -> Any:
             )
         return value[start : start + count] if count else value[:1]
     if isinstance(value, Mapping):
-        return cast(Any, type(value))({name: cut(each, start, count, share) for name, each in value.items()})
+        return cast(Any, type(value))({name: cut(item, start, count, share) for name, item in value.items()})
     if isinstance(value, (list, tuple)):
-        parts = [cut(each, start, count, share) for each in value]
+        parts = [cut(item, start, count, share) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether ``value`` is a list of what is one example's each, such as strings."""
+    """Whether ``value`` is a list with one item per example, such as strings."""
     nodes = (Tensor, Mapping, list, tuple)
-    return isinstance(value, (list, tuple)) and not any(isinstance(each, nodes) for each in value)
+    return isinstance(value, (list, tuple)) and not any(isinstance(item, nodes) for item in value)

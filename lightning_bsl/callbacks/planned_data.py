@@ -1,4 +1,4 @@
-"""Map-style loaders, re-made so that they follow the plan."""
+"""Map-style loaders, copied with samplers that follow the plan."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ from lightning_bsl.data.orders import SamplerOrder, order_of
 from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, Permutation, part_size, remade, share_of
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
 from lightning_bsl.schedules.functions import Function
-from lightning_bsl.schedules.plan import Beside, Run
+from lightning_bsl.schedules.plan import Beside, Stretch
 
 
 class PlannedData:
-    """Map-style loaders, re-made with a sampler that follows the plan: ours or anybody's.
+    """The user's map-style loaders, copied with samplers that follow the plan.
 
-    The batch size may change at any step. The loaders beside the scheduled one are re-made too, with their own batch size, so
-    that they can be resumed.
+    The batch size may change at any step. The other loaders are copied too, with their own batch sizes, so that they can
+    resume.
 
     Args:
         trainer: The Trainer.
-        given: The user's loaders; they stay as they are.
-        index: Which of them follows the schedule.
-        clock: The run's clock.
-        splitter: Knows what of the step under way is trained.
-        batch_size: The schedule.
+        combined: The user's loaders; they stay as they are.
+        index: Index of the loader that follows the schedule.
+        clock: The clock of the run.
+        splitter: Knows how much of the current step is trained.
+        batch_size: The schedule of the batch size.
         seed: Seed of the order of the examples.
-        asks: What the user asked of the Trainer.
-        in_tokens: Whether batch sizes are in tokens.
+        asks: The user's settings of the Trainer.
+        in_tokens: Whether batch sizes count tokens.
 
     Raises:
-        MisconfigurationException: ``max_device_tokens`` where steps cannot be cut by it, or batch sizes in tokens where they
-            cannot be planned.
-        ValueError: Lengths that cannot be.
+        MisconfigurationException: ``max_device_tokens`` or batch sizes in tokens, with a loader that does not allow them.
+        ValueError: Lengths that are not valid.
     """
 
     grows_inside = True
@@ -57,7 +56,7 @@ class PlannedData:
     def __init__(
         self,
         trainer: Trainer,
-        given: CombinedLoader,
+        combined: CombinedLoader,
         index: int,
         clock: RunClock,
         splitter: StepSplitter,
@@ -73,18 +72,18 @@ class PlannedData:
         self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._in_tokens = in_tokens
         self.asked_at = clock.epoch_start.epoch
-        # the epoch in which a run that was not interrupted would have asked for these loaders
+        # the epoch in which an uninterrupted run would have made these loaders
         made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
-        self.loaders, self.sampler, self.others = self._remade(given, batch_size, made_at)
-        self._planned, self._said = self.sampler.num_examples, -1
-        self._batches: list[int] = []  # of each loader, when Lightning asked for them last
-        self.exact = len(self.others) + 1 == len(given.flattened)
+        self.loaders, self.sampler, self.others = self._remade(combined, batch_size, made_at)
+        self._planned, self._warned = self.sampler.num_examples, -1
+        self._batches: list[int] = []  # number of batches of each loader, when Lightning last asked for the loaders
+        self.exact = len(self.others) + 1 == len(combined.flattened)
 
     def _remade(
-        self, given: CombinedLoader, batch_size: Any, made_at: int
+        self, combined: CombinedLoader, batch_size: Any, made_at: int
     ) -> tuple[CombinedLoader, GlobalBatchSampler, list[GlobalBatchSampler]]:
-        flat, others = [*given.flattened], []
-        cycles = len(flat) > 1 and given._mode == "max_size_cycle"
+        flat, others = [*combined.flattened], []
+        cycles = len(flat) > 1 and combined._mode == "max_size_cycle"
         make = partial(self._sampler_of, made_at=made_at, cycles=cycles)
         scheduled = make(flat[self.index], batch_size, self._done, self.cut)
         scheduled.lengths = self.lengths = lengths_of(self._datamodule, flat[self.index])
@@ -100,19 +99,19 @@ class PlannedData:
             if i == self.index:
                 sampler = scheduled
             elif obstacle(loader) is None and size is not None:
-                # beside the scheduled one: its own batch size, of one process
+                # another loader: it keeps its own batch size per process
                 sampler = make(loader, size * processes, int, Cut(self.cut.rank, processes))
                 sampler.consumed = partial(self._done_beside, sampler)
                 if not sampler.drops_last:
                     sampler.schedule = JointSchedule(min(size * processes, sampler.num_examples))
                 elif sampler.num_examples < size * processes:
-                    continue  # it has no batch at all
+                    continue  # it has no batches
                 others.append(sampler)
             else:
                 continue
             flat[i] = remade(loader, sampler, torch.Generator().manual_seed(self.seed))
-        given.flattened = flat
-        return given, scheduled, others
+        combined.flattened = flat
+        return combined, scheduled, others
 
     def _sampler_of(
         self,
@@ -124,26 +123,26 @@ class PlannedData:
         made_at: int,
         cycles: bool,
     ) -> GlobalBatchSampler:
-        theirs, clock = cast(Any, loader.batch_sampler), self.clock
+        batches, clock = cast(Any, loader.batch_sampler), self.clock
         return GlobalBatchSampler.of(
             order_of(loader, self.seed, self._overfit, made_at, self.cut.world_size),
             batch_size,
             lambda: clock.loader_start,
             consumed,
             cut,
-            drop_last=theirs.drops_last if isinstance(theirs, GlobalBatchSampler) else theirs.drop_last,
+            drop_last=batches.drops_last if isinstance(batches, GlobalBatchSampler) else batches.drop_last,
             as_tensors=getattr(loader.dataset, "takes_tensors", False),
             cycles=cycles,
         )
 
     def epoch(self, trainer: Trainer) -> Epoch | None:
-        """Everything is known, unless a loader beside has no end."""
+        """The facts that a plan needs. They are all known, unless another loader has no end."""
         flat = self.loaders.flattened
-        known = [sized_len(loader) for i, loader in enumerate(flat) if i != self.index]
-        lengths = tuple(10**9 if length is None else length for length in known)
-        if None in known and self.loaders._mode != "min_size":
+        sizes = [sized_len(loader) for i, loader in enumerate(flat) if i != self.index]
+        lengths = tuple(10**9 if size is None else size for size in sizes)
+        if None in sizes and self.loaders._mode != "min_size":
             raise MisconfigurationException(
-                "a loader without a length beside the scheduled one has an epoch without an end: write "
+                "one of the training loaders is without a length, so an epoch has no end: write "
                 '`CombinedLoader(..., "min_size")`, so that the scheduled loader ends it'
             )
         limit = limit_of(trainer)
@@ -152,11 +151,11 @@ class PlannedData:
         return Epoch(self.sampler.num_examples, limit, self.sampler.drops_last, Beside(lengths, self.loaders._mode))
 
     def sizes_at(self) -> Progress:
-        """Now: the batch size changes inside an epoch."""
+        """The current progress: the batch size can change inside an epoch."""
         return self.clock.progress
 
     def step_examples(self, batch_size: int) -> int:
-        """The batch size, or what is left of the pass; nothing where the loader has ended and a longer one has not."""
+        """The examples of the next step: fewer at the end of a pass, and 0 if only a longer loader still has batches."""
         order, epoch = self.sampler.order, self.clock.epoch_start.epoch
         start = self.clock.behind - self.sampler.pass_start
         left = order.length(epoch) - start
@@ -167,7 +166,7 @@ class PlannedData:
         return 0 if self.sampler.drops_last else max(0, left)
 
     def parts(self, examples: int, batch_size: int) -> Parts:
-        """As of the sampler, which gives the examples."""
+        """The micro-batches as the sampler makes them, or the longest lengths for ``MemoryCeiling``."""
         sampler, clock = self.sampler, self.clock
         by_tokens = isinstance(self._splitter, MemoryCeiling) and isinstance(sampler.order, Permutation)
         if sampler.lengths is None or not examples or not (sampler.cuts_by_length or by_tokens):
@@ -176,111 +175,112 @@ class PlannedData:
         if by_tokens:
             lengths, processes = sampler.step_lengths(epoch, start, examples, sampler.cycle), self.cut.world_size
             shares = (lengths[share_of(examples, rank, processes)] for rank in range(processes))
-            # a process without a share repeats the first example
+            # a process with an empty share repeats the first example
             return Parts(longest=tuple(float((share if len(share) else lengths[:1]).max()) for share in shares))
         parts = sampler.parts(epoch, start, examples, batch_size, sampler.cycle)
         stops = [*accumulate(map(part_size, parts))]
         return Parts(tuple(map(slice, [0, *stops], stops)))
 
     def most_batches(self, batch_size: int) -> int:
-        """As of the sampler."""
+        """The most micro-batches of a step, by the sampler."""
         return self.sampler.most_batches(batch_size)
 
-    def batches(self, run: Run, start: int) -> int:
-        """As cut by the sampler."""
+    def batches(self, stretch: Stretch, start: int) -> int:
+        """The number of micro-batches that the sampler makes."""
         if not self.sampler.cuts_by_length:
-            return self.cut.batches(run)
-        if self.most_batches(run.batch_size) == 1:
-            return run.steps
-        return self.sampler.count_batches(run, start)
+            return self.cut.batches(stretch)
+        if self.most_batches(stretch.batch_size) == 1:
+            return stretch.steps
+        return self.sampler.count_batches(stretch, start)
 
-    def sizes(self, run: Run, start: int) -> Iterator[tuple[int, list[int]]]:
-        """As cut by the sampler: of every step where lengths decide."""
+    def sizes(self, stretch: Stretch, start: int) -> Iterator[tuple[int, list[int]]]:
+        """The sizes of the micro-batches that the sampler makes; for every single step if it divides by length."""
         if not self.sampler.cuts_by_length:
-            yield from self.cut.sizes(run)
+            yield from self.cut.sizes(stretch)
             return
-        for examples, number in run.kinds():
+        for examples, number in stretch.kinds():
             for _ in range(number):
-                parts = self.sampler.parts(run.start.epoch, start, examples, run.batch_size)
+                parts = self.sampler.parts(stretch.start.epoch, start, examples, stretch.batch_size)
                 yield examples, [part_size(part) for part in parts]
                 start += examples
 
     def count(self) -> None:
-        """As cut."""
+        """Return ``None``: the batches have the planned number of examples."""
 
     def consumed(self, splitter: StepSplitter) -> int:
-        """All of the step."""
+        """The examples of the step."""
         return splitter.examples
 
     def splits(self, plan: Plan) -> bool:
-        """Whether any step of a plan has several micro-batches; beside other loaders, whether one may have."""
+        """Whether a step of the plan has several micro-batches (with other loaders: whether one may have)."""
         if all(self.most_batches(stage.batch_size) == 1 for stage in plan.stages):
             return False
         if not self.sampler.cuts_by_length or len(self.loaders.flattened) > 1:
             return True
-        return any(self.batches(run, start) > run.steps for run, start in plan.runs_of_epochs())
+        return any(self.batches(stretch, start) > stretch.steps for stretch, start in plan.stretches_of_epochs())
 
     def is_stale(self) -> bool:
-        """Whether the batches of an epoch are others than when Lightning asked for the loaders."""
+        """Whether the numbers of batches have changed since Lightning asked for the loaders."""
         batches, self._batches = self._batches, self._lengths()
-        self._say_if_unplanned()
+        self._warn_if_unplanned()
         return batches != self._batches
 
     def _lengths(self) -> list[int]:
         return [len(sampler) for sampler in (self.sampler, *self.others)]
 
-    def _say_if_unplanned(self) -> None:
+    def _warn_if_unplanned(self) -> None:
         epoch, number = self.clock.loader_start.epoch, self.sampler.num_examples
-        if number != self._planned and epoch != self._said:
-            self._said = epoch
+        if number != self._planned and epoch != self._warned:
+            self._warned = epoch
             rank_zero_warn(
-                f"epoch {epoch} has {number} training examples, but the run was planned with {self._planned} in each epoch: "
-                "schedules over a fraction of the run, and `estimated_steps`, count with those"
+                f"epoch {epoch} has {number} training examples, but the run was planned with {self._planned} in each epoch. "
+                f"Schedules over a fraction of the run, and `estimated_steps`, still count with {self._planned}: write the "
+                "lengths of schedules as ints if this is not what you want"
             )
 
     def batches_done(self) -> int:
-        """Micro-batches of whole steps, and of the step under way."""
+        """The number of trained micro-batches of the epoch, including those of the current step."""
         behind, steps = self.clock.behind, self.clock.progress.step - self.clock.epoch_start.step
-        idle = steps - self.sampler.steps_in(behind)  # steps on other loaders alone
+        idle = steps - self.sampler.steps_in(behind)  # steps that trained only on other loaders
         return self.sampler.batches_in(behind) + max(0, idle) + (self._splitter.part if self._splitter.under_way else 0)
 
     def again(self, ask: Ask, due: bool) -> CombinedLoader:
-        """The same ones, so that workers live on, unless new ones are due."""
+        """The same loaders, so that their workers live on; or new ones, if they are due."""
         if due:
-            given = as_combined(ask())
-            if len(given.flattened) != len(self.loaders.flattened):
+            combined = as_combined(ask())
+            if len(combined.flattened) != len(self.loaders.flattened):
                 raise MisconfigurationException(
-                    f"there are {len(given.flattened)} training loaders now, and there were {len(self.loaders.flattened)}: "
-                    "give the same ones in every epoch"
+                    f"there are {len(combined.flattened)} training loaders now, but there were {len(self.loaders.flattened)} "
+                    "before: give the same number in every epoch"
                 )
-            reason = obstacle(given.flattened[self.index])
+            reason = obstacle(combined.flattened[self.index])
             if reason is not None:
                 raise MisconfigurationException(
                     f"the training loader of epoch {self.clock.loader_start.epoch} {reason}: {REMEDY}"
                 )
             self.close()
             self.asked_at = self.clock.loader_start.epoch
-            self.loaders, self.sampler, self.others = self._remade(given, self.sampler.schedule.batch_size, self.asked_at)
+            self.loaders, self.sampler, self.others = self._remade(combined, self.sampler.schedule.batch_size, self.asked_at)
         self._batches = self._lengths()
-        self._say_if_unplanned()
+        self._warn_if_unplanned()
         return self.loaders
 
     @property
     def handed_out(self) -> int:
-        """As of the sampler."""
+        """Examples of the epoch that the sampler has yielded."""
         return self.sampler.handed_out
 
     def follow(self, schedule: JointSchedule) -> None:
-        """The sampler reads the schedule at each step that it hands out."""
+        """Give the sampler another schedule. It reads the schedule at each step that it yields."""
         self.sampler.schedule = JointSchedule(schedule.batch_size)
 
     def drawn(self) -> object:
-        """What was asked of samplers."""
+        """The orders that the user's samplers gave in this epoch."""
         orders = [sampler.order for sampler in (self.sampler, *self.others)]
         return [order(self.clock.loader_start.epoch) for order in orders if isinstance(order, SamplerOrder)]
 
     def check(self, plan: Plan | None) -> None:
-        """Their sampler is the plan's; note how long an epoch is."""
+        """Remember the numbers of batches; the samplers follow the plan, so there is nothing to check."""
         self._batches = self._lengths()
 
     def close(self) -> None:
@@ -289,16 +289,16 @@ class PlannedData:
             end_workers(loader)
 
     def _trains(self, sampler: GlobalBatchSampler) -> bool:
-        """Whether it is training that begins to iterate, and not somebody who looks through the data while it goes on."""
+        """Whether a new iteration is for training, not for other code that iterates over the loader during training."""
         clock = self.clock
         return clock.progress.step in (clock.begun_at, clock.loader_start.step) or (sampler.cycles and sampler.exhausted)
 
     def _done(self) -> int | None:
-        """Examples of the epoch that are trained."""
+        """Examples of the epoch that are trained; ``None`` if the iteration is not for training."""
         return self.clock.behind if self._trains(self.sampler) else None
 
     def _done_beside(self, sampler: GlobalBatchSampler) -> int | None:
-        """Examples that are trained of a loader beside, in all its passes of the epoch."""
+        """Trained examples of another loader, in all its passes of the epoch; ``None`` if it is not iterated for training."""
         if not self._trains(sampler):
             return None
         batches, once = self.batches_done(), len(sampler)

@@ -1,4 +1,4 @@
-"""Who sets the learning rates of the optimizers' param groups."""
+"""The learning rates of the optimizers' param groups: set by the schedule, or by the module."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from lightning_bsl.schedules import BatchLR, ScalingRule
 
 
 class Rates(Protocol):
-    """Puts a setting's learning rate into effect."""
+    """Sets the learning rates of the optimizers."""
 
     def apply(self, setting: BatchLR) -> None:
-        """Have the steps to come taken with ``setting``."""
+        """Use ``setting`` for the next steps."""
         ...
 
     def note(self) -> None:
-        """Note the rate of the step that begins now."""
+        """Remember the learning rate of the step that begins now."""
         ...
 
     @property
     def rate(self) -> float:
-        """What the first param group's step is taken with."""
+        """The learning rate of the first param group in this step."""
         ...
 
 
 class OwnRates:
-    """The schedule owns the rates: every param group gets its rate, times the group's ratio to the first one.
+    """The schedule sets the learning rates. A param group gets the scheduled rate times its ratio to the first group.
 
-    Groups may be added while the model trains; a group keeps the ratio that it is added with.
+    Groups may be added while the model trains. A group keeps the ratio that it had when it was added.
 
     Args:
-        optimizers: The optimizers, the first of which has the first group.
+        optimizers: The optimizers; the first one has the first group.
 
     Raises:
-        MisconfigurationException: The first group's rate is not above 0, so that the others have no ratio to it.
+        MisconfigurationException: The learning rate of the first group is not above 0, so the others have no ratio to it.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -54,7 +54,7 @@ class OwnRates:
         self._note_ratios()
 
     def apply(self, setting: BatchLR) -> None:
-        """Set every group's rate."""
+        """Set the learning rate of every group."""
         if setting.lr is None:
             return
         self._note_ratios()
@@ -64,7 +64,7 @@ class OwnRates:
                 set_lr(group, setting.lr * ratio)
 
     def note(self) -> None:
-        """Do nothing: the rate is what was set."""
+        """Do nothing: ``rate`` is always the last one that was set."""
 
     def _note_ratios(self) -> None:
         for optimizer, ratios in zip(self.optimizers, self._ratios):
@@ -73,14 +73,14 @@ class OwnRates:
 
 
 class ScaledRates:
-    """The module owns the rates; a scaling rule multiplies them for the length of each optimizer step.
+    """The module sets the learning rates. A scaling rule multiplies them during each optimizer step.
 
-    The module's schedulers chain their rates from step to step, so that between steps they must find their own.
+    Between steps the rates are the module's own, because many schedulers compute the next rate from the last one.
 
     Args:
         optimizers: The optimizers.
-        rule: The scaling rule, ``None`` to leave the rates alone.
-        undo: Takes the hooks off again when it is closed.
+        rule: The scaling rule; ``None`` to leave the rates alone.
+        undo: Removes the hooks when it is closed.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], rule: ScalingRule | None, undo: ExitStack) -> None:
@@ -88,16 +88,16 @@ class ScaledRates:
         self.factor, self.rate = 1.0, 0.0
         self._unscaled: dict[int, list[Any]] = {}  # the module's rates while an optimizer takes its step
         for optimizer in optimizers if rule is not None else ():
-            undo.callback(self._unscale, optimizer)  # an exception inside its step: a checkpoint may yet be written
+            undo.callback(self._unscale, optimizer)  # after an exception inside a step: a checkpoint may still be saved
             undo.callback(optimizer.register_step_pre_hook(self._scale).remove)
             undo.callback(optimizer.register_step_post_hook(self._unscale).remove)
 
     def apply(self, setting: BatchLR) -> None:
-        """Look up the factor of the batch size."""
+        """Compute the factor for the batch size."""
         self.factor = 1.0 if self.rule is None else self.rule.factor(setting.batch_size)
 
     def note(self) -> None:
-        """Note the first group's rate: a scheduler of the module changes it before the step is logged."""
+        """Remember the rate of the first group: the module's scheduler changes it before the step is logged."""
         if groups := groups_of(self.optimizers):
             self.rate = float(groups[0]["lr"]) * self.factor
 
@@ -117,7 +117,7 @@ def groups_of(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:
-    """Set a rate; one that is a tensor stays that tensor, which compiled and captured steps read."""
+    """Set a learning rate. A rate that is a tensor is changed in place, since compiled and captured steps read this tensor."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
     else:

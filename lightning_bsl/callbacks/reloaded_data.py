@@ -1,4 +1,4 @@
-"""A loader that cannot be re-made, and is told its batch size between epochs."""
+"""A loader that cannot be re-made, so its batch size changes only between epochs."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import Cut
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
-from lightning_bsl.schedules.plan import Measure, Run
+from lightning_bsl.schedules.plan import Measure, Stretch
 
 
 class ReloadedData:
-    """A loader that cannot be re-made but follows ``batch_size``, which is set between epochs: a stream, or one with a batch
-    sampler of its own.
+    """A loader that cannot be re-made: it reads a stream, or has a batch sampler of its own.
+
+    It must follow the attribute ``batch_size``, which is set between epochs.
 
     Args:
         trainer: The Trainer.
         module: The LightningModule; it or the DataModule has the attribute or hyperparameter ``batch_size``.
-        ask: Asks for the user's loaders.
-        index: Which of them follows ``batch_size``.
-        clock: The run's clock.
+        ask: Makes the user's loaders.
+        index: Index of the loader that follows ``batch_size``.
+        clock: The clock of the run.
         schedule: Batch size and learning rate.
-        asks: What the user asked of the Trainer.
-        undo: Puts ``batch_size`` back when it is closed.
+        asks: The user's settings of the Trainer.
+        undo: Restores ``batch_size`` when it is closed.
 
     Raises:
         MisconfigurationException: The loader does not follow ``batch_size``.
@@ -61,13 +62,13 @@ class ReloadedData:
     ) -> None:
         self.index, self.clock, self.schedule, self.asked_at = index, clock, schedule, clock.epoch_start.epoch
         self._trainer, self._module, self._ask = trainer, module, ask
-        self.cut = Cut(accumulate=asks.accumulate)  # of what one process gets
-        self._consumed = 0  # of the step under way
+        self.cut = Cut(accumulate=asks.accumulate)  # divides the examples of one process
+        self._consumed = 0  # examples of the current step
         undo.callback(lightning_setattr, module, "batch_size", lightning_getattr(module, "batch_size"))
         self.loaders = self._make(ask)
 
     def epoch(self, trainer: Trainer) -> Epoch | None:
-        """The length of an epoch, if the loader has one."""
+        """The length of an epoch, if it follows from the loader."""
         loader = self.loaders.flattened[self.index]
         sampler = getattr(loader.batch_sampler, "sampler", None)
         if isinstance(loader.dataset, IterableDataset) or not hasattr(sampler, "__len__"):
@@ -87,7 +88,7 @@ class ReloadedData:
 
         seen = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
         if length(self.schedule.batch_size_at(self.clock.epoch_start))[0] != -(-seen // self.cut.accumulate):
-            return None  # the batch sampler does something else than to cut its sampler's examples
+            return None  # the batch sampler does more than divide its sampler's examples into batches
         return Epoch(number * processes, epoch_length=length)
 
     def sizes_at(self) -> Progress:
@@ -95,53 +96,53 @@ class ReloadedData:
         return self.clock.epoch_start
 
     def step_examples(self, batch_size: int) -> int:
-        """Of this process alone: Lightning averages over the others."""
+        """The examples of this process alone: Lightning averages over the processes."""
         return self._local(batch_size) * self.cut.accumulate
 
     def parts(self, examples: int, batch_size: int) -> Parts:
-        """By their number."""
+        """Micro-batches follow from the number of examples."""
         return Parts()
 
     def most_batches(self, batch_size: int) -> int:
-        """Their number."""
+        """The number of accumulated batches."""
         return len(self.cut(batch_size, batch_size))
 
-    def batches(self, run: Run, start: int) -> int:
-        """As cut."""
-        return self.cut.batches(run)
+    def batches(self, stretch: Stretch, start: int) -> int:
+        """The number of micro-batches."""
+        return self.cut.batches(stretch)
 
-    def sizes(self, run: Run, start: int) -> Iterator[tuple[int, list[int]]]:
-        """As cut."""
-        return self.cut.sizes(run)
+    def sizes(self, stretch: Stretch, start: int) -> Iterator[tuple[int, list[int]]]:
+        """The sizes of the micro-batches."""
+        return self.cut.sizes(stretch)
 
     def count(self) -> int | None:
-        """What was counted when the batch was put together."""
+        """The number of examples that was counted when the batch was collated."""
         number = self.loaders.flattened[self.index].counts.popleft()
         self._consumed += number
-        # several processes must weigh their gradients alike
+        # several processes must use the same weights for their gradients
         return number if data_parallel(self._trainer)[1] == 1 else None
 
     def consumed(self, splitter: StepSplitter) -> int:
-        """What was counted, on all processes."""
+        """The counted examples, times the number of processes."""
         if not splitter.ends(self._trainer.is_last_batch):
             return 0
         consumed, self._consumed = self._consumed, 0
         return consumed * data_parallel(self._trainer)[1]
 
     def splits(self, plan: Plan) -> bool:
-        """Whether any step of a plan has several micro-batches."""
+        """Whether a step of the plan has several micro-batches."""
         return any(len(self.cut(stage.batch_size, stage.batch_size)) > 1 for stage in plan.stages)
 
     def is_stale(self) -> bool:
-        """Whether the batch size is another than was set."""
+        """Whether the scheduled batch size has changed since it was set."""
         return self._set != self.schedule.batch_size_at(self.clock.loader_start)
 
     def batches_done(self) -> int | None:
-        """Lightning's own count stands."""
+        """Return ``None``: keep Lightning's own count."""
         return None
 
     def again(self, ask: Ask, due: bool) -> CombinedLoader:
-        """The user's loaders once more, for the batch size of the epoch that begins."""
+        """Make the user's loaders again, for the batch size of the epoch that begins."""
         self.close()
         return self._make(ask)
 
@@ -150,26 +151,26 @@ class ReloadedData:
         self._set = self.schedule.batch_size_at(self.clock.loader_start)
         size = self._local(self._set)
         lightning_setattr(self._module, "batch_size", size)
-        given = as_combined(ask())
-        flat = [*given.flattened]
+        combined = as_combined(ask())
+        flat = [*combined.flattened]
         if size_of(flat[self.index]) != size:
             raise MisconfigurationException(
                 f"BatchLRScheduler set `batch_size={size}` but the training loader has "
-                f"batch_size={size_of(flat[self.index])}: make it anew in `train_dataloader`, from `self.batch_size` or "
+                f"batch_size={size_of(flat[self.index])}: let `train_dataloader` make a new loader, with `self.batch_size` or "
                 "`self.hparams.batch_size`"
             )
         if not isinstance(flat[self.index].dataset, IterableDataset):
             flat[self.index] = with_distributed_sampler(self._trainer, flat[self.index])
         flat[self.index] = CountingLoader(flat[self.index])
-        given.flattened = flat
-        self.loaders = given
-        return given
+        combined.flattened = flat
+        self.loaders = combined
+        return combined
 
     def drawn(self) -> object:
-        """Nothing is known of it."""
+        """Return ``None``: the order is not known."""
 
     def check(self, plan: Plan | None) -> None:
-        """Make a loader of another size and throw it away: does it follow ``batch_size``, or does it only look so?"""
+        """Check that the loader follows ``batch_size``: make one for another size of the plan, and throw it away."""
         size = self.schedule.batch_size_at(self.clock.epoch_start)
         other = next((stage.batch_size for stage in plan.stages if stage.batch_size != size), None) if plan else None
         if other is None:
@@ -184,16 +185,16 @@ class ReloadedData:
         if actual != local:
             raise MisconfigurationException(
                 f"BatchLRScheduler will set `batch_size={local}`, but then the training loader still has batch_size={actual}: "
-                "make it anew in `train_dataloader`, from `self.batch_size` or `self.hparams.batch_size`"
+                "let `train_dataloader` make a new loader, with `self.batch_size` or `self.hparams.batch_size`"
             )
 
     @property
     def handed_out(self) -> int:
-        """What is trained."""
+        """The trained examples of the epoch."""
         return self.clock.behind
 
     def follow(self, schedule: JointSchedule) -> None:
-        """Refuse: the batch size changes between epochs alone."""
+        """Refuse: the batch size changes only between epochs."""
         raise MisconfigurationException(f"growth inside an epoch needs a training loader that can be re-made: {REMEDY}")
 
     def close(self) -> None:
@@ -202,7 +203,7 @@ class ReloadedData:
             end_workers(loader)
 
     def _local(self, batch_size: int) -> int:
-        """``batch_size`` for one process and one accumulated batch."""
+        """The part of ``batch_size`` for one process and one accumulated batch."""
         processes = data_parallel(self._trainer)[1]
         parts = processes * self.cut.accumulate
         if batch_size % parts:
@@ -227,14 +228,14 @@ class _CountingCollate:
 
 
 class CountingLoader:
-    """A loader that notes how many examples each of its batches was put together from.
+    """A loader that records the number of examples of each of its batches.
 
     Args:
-        loader: Any DataLoader that puts batches together; it stays as it is.
+        loader: Any DataLoader that collates batches; it stays as it is.
 
     Attributes:
         original: The loader.
-        counts: Of the batches that were fetched, in their order, until somebody takes them out.
+        counts: Numbers of examples of the fetched batches, in their order; ``ReloadedData.count`` removes them.
     """
 
     _OWN = ("original", "counts", "_counted")
@@ -253,17 +254,17 @@ class CountingLoader:
             yield counted.batch
 
     def __len__(self) -> int:
-        """As of the loader."""
+        """The length of the loader."""
         return len(self._counted)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever the loader has."""
-        if name in self._OWN:  # while a copy is made
+        """Attributes of the loader."""
+        if name in self._OWN:  # not set yet while a copy is made
             raise AttributeError(name)
         return getattr(self._counted, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Lightning gives loaders a function that seeds their workers, and takes their iterators away."""
+        """Set attributes on the counting copy: Lightning sets a function that seeds workers, and removes iterators."""
         if name in self._OWN:
             object.__setattr__(self, name, value)
         else:

@@ -1,4 +1,4 @@
-"""What a training step changes besides weights and gradients: read, and put back."""
+"""Save and restore what a training step changes besides weights and gradients."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_bsl.callbacks.loop import logged_metrics
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of the global random generators of this process, in types that ``torch.load(weights_only=True)`` takes."""
+    """The states of the global random generators of this process, in types that ``torch.load(weights_only=True)`` accepts."""
     name, keys, *rest = np.random.get_state()
     numpy = (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
     return torch_rng_state(device) | {"numpy": numpy, "python": random.getstate()}
 
 
 def torch_rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators alone, which takes a microsecond where numpy's takes fifty."""
+    """The states of torch's generators alone: they take one microsecond, numpy's takes fifty."""
     state = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -33,8 +33,8 @@ def torch_rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the global random generators back into ``state``."""
-    torch.set_rng_state(state["torch"].cpu())  # a checkpoint may have been loaded onto another device
+    """Restore the global random generators from ``state``."""
+    torch.set_rng_state(state["torch"].cpu())  # a checkpoint may be loaded to another device
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy(), *rest))
     version, numbers, gauss = state["python"]
@@ -44,10 +44,10 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class Snapshot:
-    """A copy of what ``training_step`` may change besides gradients, to undo a step that failed.
+    """A copy of what ``training_step`` may change besides gradients, to undo a failed step.
 
-    That is: random generators, buffers, the state of torchmetrics, what was logged, and the LightningModule's own attributes
-    that are numbers, strings or tensors.
+    It holds random generators, buffers, states of torchmetrics, logged values, and those attributes of the LightningModule that
+    are numbers, strings or tensors.
 
     Args:
         trainer: The Trainer, in a fit.
@@ -59,13 +59,13 @@ class Snapshot:
         self._rng = rng_state(trainer.strategy.root_device)
         self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         self._logged = dict(logged_metrics(trainer))
-        metrics = [each for each in (*module.modules(), *self._logged.values()) if isinstance(each, Metric)]
+        metrics = [metric for metric in (*module.modules(), *self._logged.values()) if isinstance(metric, Metric)]
         self._metrics = [(metric, _metric_state(metric)) for metric in metrics]
         plain = (bool, int, float, str, Tensor, type(None))
         self._attributes = {name: value for name, value in vars(module).items() if isinstance(value, plain)}
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         set_rng_state(self._rng, self._trainer.strategy.root_device)
         with torch.no_grad():
             for buffer, value in self._buffers:
@@ -80,12 +80,12 @@ class Snapshot:
 
 
 class StepStart:
-    """What a checkpoint must say of the step under way, which a resumed run takes again from its beginning.
+    """The state at the start of the current step. A resumed run repeats the step from its start.
 
     Attributes:
-        rng: The generators as they were when the step began; ``None`` between steps. All of them where Lightning may validate,
-            and save, inside the step; torch's alone where it cannot, as numpy's take fifty times as long.
-        restored: The generators that a checkpoint brought, until training goes on with them.
+        rng: States of the random generators at the start of the step; ``None`` between steps. All generators if a checkpoint
+            may be saved inside the step, else only torch's, which are much faster to read.
+        restored: States of the random generators from a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class StepStart:
         self._state: dict[str, Tensor] = {}
 
     def note(self, trainer: Trainer, split: bool) -> None:
-        """Note the beginning of a step.
+        """Record the start of a step.
 
         Args:
             trainer: The Trainer.
@@ -105,13 +105,13 @@ class StepStart:
         if split:
             module = trainer.lightning_module
             weights = {name for name, _ in module.named_parameters()}
-            # buffers, and the metrics that are saved
+            # buffers, and the saved states of metrics
             state = ((name, value) for name, value in module.state_dict().items() if name not in weights)
             self._state = {name: value.clone() for name, value in state if isinstance(value, Tensor)}
 
     @contextmanager
     def kept(self, trainer: Trainer) -> Iterator[None]:
-        """For a while, have checkpoints save the generators as they are now: training goes on from these."""
+        """A context in which checkpoints save the current states of the generators, from which training goes on."""
         inside_step = self.rng is not None
         if not inside_step:
             self.rng = rng_state(trainer.strategy.root_device)
@@ -123,15 +123,15 @@ class StepStart:
                 self.rng = None
 
     def clear(self) -> None:
-        """The step is taken."""
+        """Forget the state: the step is complete."""
         self.rng = None
         self._state.clear()
 
     def write(self, trainer: Trainer, checkpoint: dict[str, Any]) -> list[Any]:
-        """Put the module's state back to the step's beginning in a checkpoint.
+        """Replace the module's state in a checkpoint by that at the start of the step.
 
         Returns:
-            The generators of every process.
+            The states of the random generators of every process.
         """
         weights = checkpoint["state_dict"]
         weights.update({name: value for name, value in self._state.items() if name in weights})
@@ -143,7 +143,7 @@ class StepStart:
         return states
 
     def restore(self, trainer: Trainer) -> None:
-        """Put the generators into the state that a checkpoint brought, if there was one."""
+        """Restore the random generators from the checkpoint, if there is one."""
         if self.restored is not None:
             set_rng_state(self.restored, trainer.strategy.root_device)
 
@@ -153,6 +153,6 @@ def _metric_state(metric: Metric) -> dict[str, Any]:
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """Tensors are copied, since metrics add to them in place; of lists, whose elements stay as they are, the list is."""
+    """Copy tensors, since metrics change them in place, and lists, but not the tensors in lists, which are never changed."""
     copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
     return {name: [*value] if isinstance(value, list) else value for name, value in copies.items()}

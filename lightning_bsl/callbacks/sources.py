@@ -1,4 +1,4 @@
-"""Where the next step's examples come from, and what Lightning's training loaders are told of the plan."""
+"""The training data of a fit: where the next step's examples come from, and how the loaders follow the plan."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import Cut
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
 from lightning_bsl.schedules.functions import Function
-from lightning_bsl.schedules.plan import Measure, Run
+from lightning_bsl.schedules.plan import Measure, Stretch
 
 
 class DataSource(Protocol):
-    """The training loaders of a fit, and what is known of them.
+    """The training loaders of a fit.
 
     Attributes:
-        loaders: What Lightning trains on.
-        index: Which of them follows the schedule.
-        cut: How its steps are cut.
-        lengths: The lengths of its examples, where they are known.
-        measure: What batch sizes count, where these are not examples.
-        asked_at: The epoch in which the user's loaders were asked for last.
+        loaders: The loaders that Lightning trains on.
+        index: Index of the loader that follows the schedule.
+        cut: How a step is divided.
+        lengths: Lengths of the examples, if they are known.
+        measure: The unit of batch sizes, if it is not examples.
+        asked_at: The epoch in which the user's loaders were made.
         grows_inside: Whether the batch size can change inside an epoch.
-        exact: Whether every loader goes on inside an epoch where a run was interrupted.
+        exact: Whether every loader can resume inside an epoch.
     """
 
     loaders: CombinedLoader
@@ -48,48 +48,48 @@ class DataSource(Protocol):
     exact: bool
 
     def epoch(self, trainer: Trainer) -> Epoch | None:
-        """What the plan must know of an epoch; ``None`` where its length is not known."""
+        """The facts about an epoch that a plan needs; ``None`` if its length is not known."""
         ...
 
     def sizes_at(self) -> Progress:
-        """The progress at which the next step's batch size is asked."""
+        """The progress at which the next step's batch size is evaluated."""
         ...
 
     def step_examples(self, batch_size: int) -> int:
-        """Examples of the step that begins now, over all processes."""
+        """Number of examples of the step that begins now, over all processes."""
         ...
 
     def parts(self, examples: int, batch_size: int) -> Parts:
-        """How the step that begins now is cut.
+        """How the step that begins now is divided.
 
         Args:
-            examples: Of the step, over all processes.
-            batch_size: What the schedule says.
+            examples: Examples of the step, over all processes.
+            batch_size: The scheduled batch size.
         """
         ...
 
     def most_batches(self, batch_size: int) -> int:
-        """Most micro-batches that a step may have."""
+        """The largest number of micro-batches that a step can have."""
         ...
 
-    def batches(self, run: Run, start: int) -> int:
-        """This process's micro-batches in a run of a plan, ``start`` examples after the start of its epoch."""
+    def batches(self, stretch: Stretch, start: int) -> int:
+        """Number of this process's micro-batches in a stretch of a plan, ``start`` examples after the start of its epoch."""
         ...
 
-    def sizes(self, run: Run, start: int) -> Iterator[tuple[int, list[int]]]:
-        """Of the steps of a run, or of each kind of them: their examples, and those of this process's micro-batches."""
+    def sizes(self, stretch: Stretch, start: int) -> Iterator[tuple[int, list[int]]]:
+        """For each step of a stretch, or each kind of step: its examples, and the examples of this process's micro-batches."""
         ...
 
     def count(self) -> int | None:
-        """Examples of the batch under way, where it is not cut by us."""
+        """Number of examples of the current batch, if it may differ from the plan; else ``None``."""
         ...
 
     def consumed(self, splitter: StepSplitter) -> int:
-        """Examples of the step that is complete, over all processes."""
+        """Number of examples of the completed step, over all processes."""
         ...
 
     def splits(self, plan: Plan) -> bool:
-        """Whether any step of a plan has several micro-batches."""
+        """Whether a step of the plan has several micro-batches."""
         ...
 
     def is_stale(self) -> bool:
@@ -97,29 +97,29 @@ class DataSource(Protocol):
         ...
 
     def batches_done(self) -> int | None:
-        """Batches of the epoch that are trained; ``None`` where Lightning's own count is to stand."""
+        """Number of trained batches of the epoch; ``None`` to keep Lightning's own count."""
         ...
 
     def again(self, ask: Ask, due: bool) -> CombinedLoader:
         """The loaders for another epoch.
 
         Args:
-            ask: Asks for the user's loaders.
-            due: Whether the user wants to be asked for them again.
+            ask: Makes the user's loaders.
+            due: Whether the user wants new loaders.
         """
         ...
 
     @property
     def handed_out(self) -> int:
-        """Examples of the epoch before the first one that was not handed out to a worker yet."""
+        """Number of examples of the epoch that the workers have fetched."""
         ...
 
     def follow(self, schedule: JointSchedule) -> None:
-        """Follow another schedule from the first example on that was not handed out yet."""
+        """Follow another schedule, from the first example that the workers have not fetched yet."""
         ...
 
     def drawn(self) -> object:
-        """The order of the epoch at hand, where a sampler of the user draws it."""
+        """The order of the current epoch, if a sampler of the user draws it."""
         ...
 
     def check(self, plan: Plan | None) -> None:
@@ -127,12 +127,12 @@ class DataSource(Protocol):
         ...
 
     def close(self) -> None:
-        """End what the loaders hold: their workers."""
+        """End the loaders' workers."""
         ...
 
 
-class Wishes(Protocol):
-    """What a source must know of the fit."""
+class FitSettings(Protocol):
+    """The settings of a fit that a source needs; ``Fit`` has them."""
 
     asks: Asks
     undo: ExitStack
@@ -148,42 +148,41 @@ def source_of(
     splitter: StepSplitter,
     schedule: JointSchedule,
     name: Any,
-    fit: Wishes,
+    fit: FitSettings,
 ) -> DataSource:
-    """The source of what Lightning is to train on.
+    """Make the data source of a fit.
 
     Args:
         trainer: The Trainer.
         module: The LightningModule.
-        ask: Asks for the user's training loaders.
-        clock: The run's clock.
-        splitter: Cuts the steps.
+        ask: Makes the user's training loaders.
+        clock: The clock of the run.
+        splitter: Splits the steps.
         schedule: Batch size and learning rate.
-        name: Key or index of the loader that follows the schedule, where there are several.
-        fit: What the user asked of the Trainer; the seed of the order of the examples; whether batch sizes are in tokens; what
-            is closed at the end of the fit.
+        name: Key or index of the loader that follows the schedule, if there are several.
+        fit: The settings of the fit.
 
     Raises:
-        MisconfigurationException: The loader cannot follow the schedule; the message says why, and what to do.
+        MisconfigurationException: The loader cannot follow the schedule; the message says why, and what to write instead.
     """
-    given = as_combined(ask())
-    index = scheduled_index(trainer, module, given, ask, name)
-    loader = given.flattened[index]
+    combined = as_combined(ask())
+    index = scheduled_index(trainer, module, combined, ask, name)
+    loader = combined.flattened[index]
     reason = obstacle(loader)
     if reason is None:
         batch_size = cast(Function, schedule.batch_size)
-        return PlannedData(trainer, given, index, clock, splitter, batch_size, fit.seed, fit.asks, fit.in_tokens)
+        return PlannedData(trainer, combined, index, clock, splitter, batch_size, fit.seed, fit.asks, fit.in_tokens)
     if fit.in_tokens:
         raise MisconfigurationException(
             f'the training loader {reason}, so batch sizes in tokens (`batch_size_unit="tokens"`) cannot be planned: {REMEDY}'
         )
     follows = isinstance(size_of(loader), int) and lightning_hasattr(module, "batch_size")
-    if not follows or type(loader).__iter__ is not DataLoader.__iter__ or len(given.flattened) > 1 or schedule.largest:
+    if not follows or type(loader).__iter__ is not DataLoader.__iter__ or len(combined.flattened) > 1 or schedule.largest:
         raise MisconfigurationException(
-            f"the training loader {reason}, so BatchLRScheduler cannot put its own sampler in: {REMEDY}"
+            f"the training loader {reason}, so BatchLRScheduler cannot replace its sampler: {REMEDY}"
         )
     if splitter.limit is not None or isinstance(splitter, MemoryCeiling):
         raise MisconfigurationException(
-            f"the training loader {reason}, so nobody knows how to cut its steps for `max_device_batch_size`: {REMEDY}"
+            f"the training loader {reason}, so its steps cannot be split for `max_device_batch_size`: {REMEDY}"
         )
     return ReloadedData(trainer, module, ask, index, clock, schedule, fit.asks, fit.undo)

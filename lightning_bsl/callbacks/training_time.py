@@ -1,4 +1,4 @@
-"""The clock on the wall beside the metrics."""
+"""A callback that logs the training time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lightning_bsl.callbacks.loop import writes_step
 
 
 class TrainingTime(Callback):
-    """Logs ``seconds``: how long the run has trained so far, validation and measurements included.
+    """Logs ``seconds``: the training time of the run so far, including validation and measurements.
 
-    It is logged where metrics are written (every ``log_every_n_steps`` steps, after a validation, at the end of an epoch), and
-    saved in checkpoints: a resumed run goes on from the time at which its checkpoint was saved.
+    It is logged every ``log_every_n_steps`` steps, after a validation, and at the end of an epoch. It is saved in checkpoints:
+    a resumed run goes on from the time at which its checkpoint was saved.
 
     Example:
         >>> trainer = Trainer(max_epochs=9, callbacks=[TrainingTime()], logger=False, enable_checkpointing=False)
     """
 
     def __init__(self) -> None:
-        self._before = 0.0  # the stretches of training that have ended
+        self._before = 0.0  # time of earlier fits of this run
         self._started: float | None = None
-        self._fitting = True  # not validating or testing, when a checkpoint's time is not ours
+        self._fitting = True  # False in validation and test, where the time in a checkpoint does not count
 
     @property
     def seconds(self) -> float:
-        """How long the run has trained so far."""
+        """The training time so far, in seconds."""
         return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin from 0 unless the fit goes on."""
+        """Begin at 0, unless the run goes on."""
         self._fitting = stage == "fit"
         if self._fitting and trainer.global_step == 0:
             self._before = 0.0
@@ -53,17 +53,17 @@ class TrainingTime(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log where the Trainer's loggers will write it."""
+        """Log the time at the steps that the Trainer's loggers write."""
         if writes_step(trainer):
             self._log(pl_module, on_step=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log beside the validation metrics."""
+        """Log the time together with the validation metrics."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._log(pl_module, on_step=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log beside the epoch's metrics."""
+        """Log the time together with the epoch's metrics."""
         self._log(pl_module, on_step=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,12 +71,12 @@ class TrainingTime(Callback):
         self._before, self._started = self.seconds, None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As at the end of training, which Lightning does not call then."""
+        """Stop the clock: after an exception Lightning does not call ``on_train_end``."""
         self.on_train_end(trainer, pl_module)
 
     def _log(self, pl_module: LightningModule, on_step: bool) -> None:
-        # of all processes the longest; only at the end of an epoch, as steps do not wait for each other
-        # a number, which Lightning puts on the module's device: NCCL does not reduce a CPU tensor
+        # the maximum over the processes, but only at the end of an epoch: the processes must not wait for it at each step
+        # a plain number, which Lightning puts on the module's device: NCCL cannot reduce a CPU tensor
         pl_module.log(
             "seconds", self.seconds, on_step=on_step, on_epoch=not on_step, reduce_fx="max", batch_size=1, sync_dist=not on_step
         )

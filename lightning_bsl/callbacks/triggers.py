@@ -1,4 +1,4 @@
-"""When an adaptive run advances a stage."""
+"""Triggers: they decide when an adaptive scheduler goes on to the next stage."""
 
 from __future__ import annotations
 
@@ -16,32 +16,40 @@ if TYPE_CHECKING:
 
 
 class Trigger(Protocol):
-    """Says at each check whether to advance a stage: any function of these arguments.
+    """The protocol of triggers: any function of these arguments.
 
-    All processes call it; growth needs the consent of all. If it has ``on_train_start(trainer, pl_module)``,
-    ``on_validation_end(trainer, pl_module)``, ``teardown(trainer, pl_module, stage)``, ``state_dict()`` or
-    ``load_state_dict(state)``, these are called as those of a callback are.
+    [`AdaptiveBatchLRScheduler`][lightning_bsl.AdaptiveBatchLRScheduler] calls the trigger at each check, on every process. The
+    run goes on to the next stage if the trigger returns ``True`` on all processes. A trigger may have the methods
+    ``on_train_start(trainer, pl_module)``, ``on_validation_end(trainer, pl_module)``, ``teardown(trainer, pl_module, stage)``,
+    ``state_dict()`` and ``load_state_dict(state)``. They are called like those of a callback.
+
+    Example:
+        >>> def every_10000_samples(trainer, scheduler):
+        ...     return scheduler.progress.samples >= 10_000 * (scheduler.stage + 1)
+        >>> from lightning_bsl import AdaptiveBatchLRScheduler
+        >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=every_10000_samples)
     """
 
     def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
-        """Whether to advance."""
+        """Return whether to go on to the next stage."""
         ...
 
 
 class GradientNormTrigger:
-    """Advance once the full gradient norm is at most ``threshold``, which falls from stage to stage (arXiv 2508.05302).
+    """Goes on to the next stage when the full gradient norm is at or below a threshold (Umeda & Iiduka 2025, arXiv 2508.05302).
 
-    Logs ``full_gradient_norm``, ``full_loss`` and ``threshold``.
+    The threshold falls from stage to stage. The trigger logs ``full_gradient_norm``, ``full_loss`` and ``threshold``.
 
     Args:
         start: The first threshold, eps_0.
-        rule: ``"batch"``: eps_m = eps_0 sqrt(b_0 / b_m), as the paper has it. ``"growth"``: eps_m = eps_0 / delta^(m/4),
-            from the critical batch size 2 C2 eta / eps^2 of arXiv 2508.05297 where the rate grows by sqrt(delta) (derived).
-        subset: As of [`FullGradientNorm`][lightning_bsl.FullGradientNorm].
-        batch_size: As of ``FullGradientNorm``: of the measurement.
+        rule: ``"batch"``: eps_m = eps_0 sqrt(b_0 / b_m), as in the paper. ``"growth"``: eps_m = eps_0 / delta^(m/4), derived
+            here from the critical batch size 2 C2 eta / eps^2 of arXiv 2508.05297 for a learning rate that grows by
+            sqrt(delta).
+        subset: The same as for [`FullGradientNorm`][lightning_bsl.FullGradientNorm].
+        batch_size: Batch size of the measurement, as for ``FullGradientNorm``.
 
     Raises:
-        ValueError: ``start`` is not above 0, or an unknown rule.
+        ValueError: ``start`` is not finite and above 0; an unknown ``rule``; ``subset`` or ``batch_size`` below 1.
 
     Example:
         >>> trigger = GradientNormTrigger(start=0.5)
@@ -53,7 +61,7 @@ class GradientNormTrigger:
         self, start: float = 0.5, rule: Literal["batch", "growth"] = "batch", subset: int | None = None, batch_size: int = 1024
     ) -> None:
         if not (start > 0 and math.isfinite(start)):
-            raise ValueError(f"`start={start}` must be finite and above 0: it is a gradient norm")
+            raise ValueError(f"`start={start}` must be finite and above 0: write a gradient norm")
         if rule not in ("batch", "growth"):
             raise ValueError(f"unknown `rule={rule!r}`; write 'batch' or 'growth'")
         self.start = start
@@ -61,77 +69,89 @@ class GradientNormTrigger:
         self.measurement = FullGradientMeasurer(subset, batch_size)
 
     def threshold(self, stage: int, batch_size: int, first: int, delta: float) -> float:
-        """Eps of a stage.
+        """The threshold eps_m of a stage.
 
         Args:
-            stage: Its index, m.
-            batch_size: Its batch size, b_m.
+            stage: Index of the stage, m.
+            batch_size: Batch size of the stage, b_m.
             first: The first batch size, b_0.
-            delta: The growth of the batch size a stage.
+            delta: Growth of the batch size per stage.
         """
         return self.start * (math.sqrt(first / batch_size) if self.rule == "batch" else delta ** (-stage / 4))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the training set."""
+        """Prepare the measurement."""
         self.measurement.begin(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End the measurement's workers."""
+        """End the workers of the measurement."""
         self.measurement.end()
 
     def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
-        """Measure, and compare."""
-        values = self.measurement.measure(trainer, trainer.lightning_module)
+        """Measure the norm, and return whether it is at or below the threshold."""
+        gradient = self.measurement.measure(trainer, trainer.lightning_module)
         threshold = self.threshold(scheduler.stage, scheduler.batch_size, scheduler.segments[0].batch_size, scheduler.delta)
-        found = {"full_gradient_norm": values.norm, "full_loss": values.loss, "threshold": threshold}
-        scheduler.write(trainer, found)
-        return values.norm <= threshold
+        metrics = {"full_gradient_norm": gradient.norm, "full_loss": gradient.loss, "threshold": threshold}
+        scheduler.write(trainer, metrics)
+        return gradient.norm <= threshold
 
 
 class NoiseScaleTrigger:
-    """Advance while the batch is smaller than the gradient noise scale (M18): grow B towards B_noise.
+    """Goes on to the next stage while the batch is smaller than the gradient noise scale.
 
-    Needs [`GradientNoiseScale`][lightning_bsl.GradientNoiseScale] among the callbacks.
+    The noise scale B_simple is that of McCandlish et al. 2018 (arXiv 1812.06162). The trigger needs
+    [`GradientNoiseScale`][lightning_bsl.GradientNoiseScale] among the callbacks.
 
     Args:
-        factor: Advance while batch size < factor * noise scale.
+        factor: Go on while batch size < factor * noise scale.
 
     Raises:
         ValueError: ``factor`` is not above 0.
-        MisconfigurationException: At the start of training, without ``GradientNoiseScale``, or with one in terms.
+        MisconfigurationException: At the start of training: there is no ``GradientNoiseScale``, or it has ``per="terms"``.
+
+    Example:
+        >>> from lightning_bsl import AdaptiveBatchLRScheduler, GradientNoiseScale
+        >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=NoiseScaleTrigger(factor=0.5))
+        >>> callbacks = [scheduler, GradientNoiseScale()]
     """
 
     def __init__(self, factor: float = 1.0) -> None:
         if not factor > 0:
-            raise ValueError(f"`factor={factor}` must be above 0")
+            raise ValueError(f"`factor={factor}` must be above 0: it multiplies the noise scale")
         self.factor = factor
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the measurement."""
+        """Check that the noise scale is measured."""
         if noise_scale(trainer) is None:
-            raise MisconfigurationException("NoiseScaleTrigger needs `GradientNoiseScale()` among the callbacks")
+            raise MisconfigurationException(
+                "NoiseScaleTrigger needs the noise scale: add `GradientNoiseScale()` to the callbacks"
+            )
 
     def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
-        """Compare; not yet, as long as nothing was measured."""
-        measurement = noise_scale(trainer)
-        found = measurement.noise_scale if measurement is not None else None
-        return found is not None and scheduler.batch_size < self.factor * found
+        """Compare the batch size with the noise scale; ``False`` before the first measurement."""
+        callback = noise_scale(trainer)
+        measured = callback.noise_scale if callback is not None else None
+        return measured is not None and scheduler.batch_size < self.factor * measured
 
 
 class PlateauTrigger:
-    """Advance when a validation metric has not improved for some validations.
+    """Goes on to the next stage when a validation metric has stopped improving.
 
-    Resume from checkpoints that validation has followed or preceded, not from one saved between the last step before a
-    validation and the validation itself: Lightning leaves that one out.
+    Do not resume from a checkpoint that was saved between the last step before a validation and the validation itself:
+    Lightning then skips this validation.
 
     Args:
         monitor: Name of the metric, such as ``"val/loss"``.
-        patience: Validations without an improvement before it advances.
-        min_delta: Smallest change that counts as one.
-        mode: Whether lower (``"min"``) or higher (``"max"``) is better.
+        patience: Number of validations without an improvement before the next stage.
+        min_delta: Smallest change that counts as an improvement.
+        mode: ``"min"`` if lower values are better, ``"max"`` if higher values are better.
 
     Raises:
-        ValueError: ``patience`` below 1 or an unknown mode; after a validation, a metric that it did not log.
+        ValueError: ``patience`` below 1; an unknown ``mode``. After a validation: the metric was not logged.
+
+    Example:
+        >>> from lightning_bsl import AdaptiveBatchLRScheduler
+        >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=PlateauTrigger("val/loss", patience=2), check_every=100)
     """
 
     def __init__(self, monitor: str, patience: int = 3, min_delta: float = 0.0, mode: Literal["min", "max"] = "min") -> None:
@@ -143,10 +163,10 @@ class PlateauTrigger:
         self._best, self._waited = math.inf, 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare with the best so far."""
+        """Compare the metric with its best value so far."""
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
-            raise ValueError(f"`monitor={self.monitor!r}` is not logged; there are {', '.join(sorted(metrics))}")
+            raise ValueError(f"`monitor={self.monitor!r}` is not logged; write one of {', '.join(sorted(metrics))}")
         value = metrics[self.monitor].item() * (1 if self.mode == "min" else -1)
         if value < self._best - self.min_delta:
             self._best, self._waited = value, 0
@@ -154,32 +174,35 @@ class PlateauTrigger:
             self._waited += 1
 
     def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
-        """Whether there were enough validations without an improvement since the last advance."""
+        """Whether there were ``patience`` validations without an improvement since the last new stage."""
         advances = self._waited >= self.patience
         if advances:
             self._waited = 0
         return advances
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value, and the validations since."""
+        """The best value, and the number of validations since."""
         return {"best": self._best, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state."""
         self._best, self._waited = state_dict["best"], state_dict["waited"]
 
 
 def noise_scale(trainer: Trainer) -> GradientNoiseScale | None:
-    """The measurement among the callbacks, if there is one.
+    """The callback that measures the noise scale, if there is one.
+
+    Args:
+        trainer: The Trainer.
 
     Raises:
-        MisconfigurationException: It is in terms of the loss, which cannot be compared with batch sizes in examples.
+        MisconfigurationException: It measures per term of the loss, which cannot be compared with a batch size in examples.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    measurement = next((each for each in callbacks if isinstance(each, GradientNoiseScale)), None)
+    measurement = next((callback for callback in callbacks if isinstance(callback, GradientNoiseScale)), None)
     if measurement is not None and measurement.per == "terms":
         raise MisconfigurationException(
-            "batch sizes are compared with the noise scale of GradientNoiseScale(per='terms'), which is no number of examples: "
-            "write `per='examples'`"
+            "the batch size is compared with the noise scale of GradientNoiseScale(per='terms'), which is no number of "
+            "examples: write `per='examples'`"
         )
     return measurement

@@ -16,16 +16,19 @@ from lightning_bsl.schedules import Progress
 
 
 def data_parallel(trainer: Trainer) -> tuple[int, int]:
-    """This process's index among those that share a batch, and their number.
+    """The index of this process among those that share a batch, and their number.
 
-    These are all processes, unless some hold parts of one model and train on the same examples (tensor parallelism).
+    These are all processes, except with tensor parallelism: processes that hold parts of one model train on the same examples.
+
+    Args:
+        trainer: The Trainer.
     """
     arguments = trainer.distributed_sampler_kwargs
     return (arguments["rank"], arguments["num_replicas"]) if arguments else (0, 1)
 
 
 def to_precision(datamodule: LightningDataModule, batch: Any) -> Any:
-    """What a DataModule computed on the device, in the Trainer's precision: Lightning converts only what the loader gives.
+    """Convert what a DataModule computed on the device to the Trainer's precision; Lightning converts only loaded batches.
 
     Args:
         datamodule: The DataModule; without a Trainer nothing is converted.
@@ -36,39 +39,40 @@ def to_precision(datamodule: LightningDataModule, batch: Any) -> Any:
 
 
 class BatchSizeDataModule(LightningDataModule):
-    """Any map-style data sets, in batches whose size a schedule decides.
+    """A DataModule for any map-style data sets, whose batch size can follow a schedule.
 
-    With [`BatchLRScheduler`][lightning_bsl.BatchLRScheduler] among the callbacks the batch size follows its schedule,
-    inside an epoch too; without it, it is ``batch_size`` throughout. The batch size is global: the examples of one
-    optimizer step over all processes.
+    With the callback [`BatchLRScheduler`][lightning_bsl.BatchLRScheduler] the batch size follows its schedule, inside an epoch
+    too. Without it, the batch size is ``batch_size``. The batch size is global: the examples of one optimizer step over all
+    processes.
 
     Args:
         train: Training set. Subclasses may set ``train_set``, ``val_set`` and ``test_set`` in ``setup`` instead.
         val: Validation set.
         test: Test set.
-        batch_size: Global batch size where no schedule says otherwise.
-        eval_batch_size: Batch size for validation and test, of one process.
-        num_workers: Worker processes of each loader; they live as long as the loader.
-        multiprocessing_context: How they are started: ``"fork"``, ``"forkserver"`` or ``"spawn"``; the platform's way by
-            default. Over several processes on CPUs (gloo) a forked worker now and then hangs: write ``"forkserver"``.
-        pin_memory: Whether to copy batches to pinned memory; by default where CUDA is available.
-        collate_fn: As of ``torch.utils.data.DataLoader``.
+        batch_size: Global batch size without a schedule.
+        eval_batch_size: Batch size for validation and test, per process.
+        num_workers: Number of worker processes of each loader; they live as long as the loader.
+        multiprocessing_context: How to start the workers: ``"fork"``, ``"forkserver"`` or ``"spawn"``; by default as usual on
+            the platform. In a run of several processes on CPUs (gloo) a forked worker sometimes hangs: write ``"forkserver"``.
+        pin_memory: Whether to copy batches to pinned memory; by default if CUDA is available.
+        collate_fn: The same as for ``torch.utils.data.DataLoader``.
         seed: Seed of the order of the training examples.
         shuffle: Whether to shuffle the training examples.
-        samples_per_epoch: Only that many random training examples an epoch; all by default.
+        samples_per_epoch: Number of training examples per epoch, drawn at random; by default all.
         drop_last: Whether to leave out a last step of an epoch that has fewer examples than the batch size.
         lengths: The length of each training example, 1 or more: a sequence, an array or a tensor; or a function of an example,
-            called once for each when the lengths are first needed. By default the training set's attribute ``lengths``, if it
-            has one. ``BatchLRScheduler`` then deals the examples of each step to the processes, and cuts them into
-            micro-batches, so that examples of similar length are padded together; which examples a step has stays the same.
-            (``GradientNoiseScale`` then sees the differences between short and long examples as noise, too.)
-        max_device_tokens: Beside ``BatchLRScheduler``, most padded tokens that one process puts through the model at once: the
-            longest example of a micro-batch x its examples. Needs the lengths.
+            which is called once for each example when the lengths are first needed. By default the attribute ``lengths`` of the
+            training set, if there is one. ``BatchLRScheduler`` then divides each step among the processes and into
+            micro-batches so that examples of similar length are padded together. The examples of a step stay the same.
+            (``GradientNoiseScale`` then counts the difference between short and long examples as noise, too.)
+        max_device_tokens: Largest number of padded tokens that one process puts through the model at once: the length of the
+            longest example of a micro-batch x the number of its examples. It needs ``lengths`` and ``BatchLRScheduler``.
 
     Raises:
-        TypeError: A training set without a length (an ``IterableDataset``), or lengths that are no numbers.
-        ValueError: A size below 1; ``max_device_tokens`` without lengths, or below the longest of them; more or fewer lengths
-            than training examples, or one below 1.
+        ValueError: A size below 1. When the loader is made: ``max_device_tokens`` without lengths, or below the longest of
+            them; the number of lengths is not the number of training examples; a length below 1.
+        TypeError: When the loader is made: a training set without a length (an ``IterableDataset``), or lengths that are not
+            numbers.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -77,11 +81,11 @@ class BatchSizeDataModule(LightningDataModule):
         3
     """
 
-    tokens_per_sample: int | None = None  # of data sets of sequences, all of one length: for schedules in tokens
+    tokens_per_sample: int | None = None  # length of the sequences, if all have the same: needed by schedules in tokens
 
     def __init__(
         self,
-        # not `Dataset[Any]`: LightningCLI gives no arguments to a data set whose type is written so
+        # not `Dataset[Any]`: with this type LightningCLI passes no arguments to a data set
         train: Dataset | None = None,  # type: ignore[type-arg]
         val: Dataset | None = None,  # type: ignore[type-arg]
         test: Dataset | None = None,  # type: ignore[type-arg]
@@ -96,7 +100,7 @@ class BatchSizeDataModule(LightningDataModule):
         shuffle: bool = True,
         samples_per_epoch: int | None = None,
         drop_last: bool = False,
-        # not its types: LightningCLI does not know arrays
+        # not the exact types: LightningCLI does not know arrays
         lengths: Any = None,
         max_device_tokens: int | None = None,
     ) -> None:
@@ -121,12 +125,17 @@ class BatchSizeDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.lengths = lengths
         self.max_device_tokens = max_device_tokens
-        self._lengths: tuple[Any, Lengths] | None = None  # of which training set, and what they are
+        self._lengths: tuple[Any, Lengths] | None = None  # a training set, and its lengths
         self._train_loader: DataLoader[Any] | None = None
 
     @property
     def num_train_examples(self) -> int:
-        """Examples of the training set."""
+        """Examples of the training set.
+
+        Raises:
+            ValueError: There is no training set.
+            TypeError: The training set has no length.
+        """
         if self.train_set is None:
             raise ValueError("there is no training set; give `train`, or set `train_set` in `setup`")
         if isinstance(self.train_set, IterableDataset) or not hasattr(self.train_set, "__len__"):
@@ -138,26 +147,33 @@ class BatchSizeDataModule(LightningDataModule):
 
     @property
     def num_epoch_examples(self) -> int:
-        """Training examples of one epoch."""
+        """Training examples of one epoch.
+
+        Raises:
+            ValueError: ``samples_per_epoch`` is above the examples of the training set.
+        """
         number, most = self.samples_per_epoch, self.num_train_examples
         if number is not None and number > most:
-            raise ValueError(f"`samples_per_epoch={number}` must be at most the {most} examples of the training set")
+            raise ValueError(
+                f"`samples_per_epoch={number}` must be at most the {most} examples of the training set: write {most} or less, "
+                "or leave it out"
+            )
         return number or most
 
     def known_lengths(self) -> Lengths | None:
-        """The lengths of the training examples, and their bound; ``None`` where they are not known.
+        """The lengths of the training examples with ``max_device_tokens``; ``None`` if they are not known.
 
         Raises:
             ValueError: ``max_device_tokens`` without lengths.
         """
         dataset: Any = self.train_set
-        given, number = self.lengths, self.num_train_examples
+        lengths, number = self.lengths, self.num_train_examples
         if self._lengths is None or self._lengths[0] is not dataset:
-            if given is None:
+            if lengths is None:
                 attribute = getattr(dataset, "lengths", None)
-                # else it means something else
-                given = attribute if isinstance(attribute, Sized) and len(attribute) == number else None
-            if given is None:
+                # an attribute of another length has another meaning
+                lengths = attribute if isinstance(attribute, Sized) and len(attribute) == number else None
+            if lengths is None:
                 if self.max_device_tokens is None:
                     return None
                 raise ValueError(
@@ -166,13 +182,13 @@ class BatchSizeDataModule(LightningDataModule):
                 )
 
             def read() -> Any:
-                return [given(dataset[index]) for index in range(number)] if callable(given) else given
+                return [lengths(dataset[index]) for index in range(number)] if callable(lengths) else lengths
 
             self._lengths = dataset, Lengths(read, number, self.max_device_tokens)
         return self._lengths[1]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training loader: the same object every time, so that workers live on; its batches are of ``batch_size``."""
+        """The training loader, with batches of ``batch_size``. It is made once, so that its workers live on."""
         if self._train_loader is None:
             rank, world_size = self._process()
             trainer = self.trainer
@@ -181,7 +197,7 @@ class BatchSizeDataModule(LightningDataModule):
                 self.batch_size,
                 lambda: Progress(epoch=trainer.current_epoch if trainer else 0),
                 seed=self.seed,
-                # to overfit a few batches they must be the same ones in every epoch
+                # with `overfit_batches` the batches must be the same in every epoch
                 shuffle=self.shuffle and not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world_size,
@@ -189,7 +205,7 @@ class BatchSizeDataModule(LightningDataModule):
                 samples_per_epoch=self.samples_per_epoch,
                 drop_last=self.drop_last,
             )
-            # known, but not cut by: without BatchLRScheduler each batch of the loader is a whole step
+            # the sampler knows the lengths but does not divide by them: without BatchLRScheduler a batch is a whole step
             sampler.lengths = self.known_lengths()
             arguments = self._loader_arguments()
             loader = DataLoader(cast("Dataset[Any]", self.train_set), batch_sampler=sampler, **arguments)
@@ -199,19 +215,19 @@ class BatchSizeDataModule(LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation loader; none without a validation set."""
+        """The validation loader; an empty list without a validation set."""
         return self._eval_dataloader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The test loader; none without a test set."""
+        """The test loader; an empty list without a test set."""
         return self._eval_dataloader(self.test_set)
 
     def teardown(self, stage: str) -> None:
-        """Forget the loader: the next fit may have other processes."""
+        """Drop the loader: the next fit may have another number of processes."""
         self._train_loader = None
 
     def on_exception(self, exception: BaseException) -> None:
-        """Forget the loader: Lightning does not call ``teardown`` then."""
+        """Drop the loader: after an exception Lightning does not call ``teardown``."""
         self._train_loader = None
 
     def _eval_dataloader(self, dataset: Dataset[Any] | None) -> DataLoader[Any] | list[Any]:
@@ -230,7 +246,7 @@ class BatchSizeDataModule(LightningDataModule):
             "multiprocessing_context": self.multiprocessing_context if self.num_workers else None,
             "pin_memory": self.pin_memory,
             "collate_fn": self.collate_fn,
-            # of its own: making a loader's iterator must not draw from the global one
+            # its own generator: a new iterator must not draw from the global one
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
@@ -238,8 +254,8 @@ class BatchSizeDataModule(LightningDataModule):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(hasattr(callback, "batch_size_unit") for callback in callbacks):
             rank_zero_warn(
-                f"`max_device_tokens={self.max_device_tokens}` does nothing without BatchLRScheduler among the callbacks, "
-                f"which cuts the steps: add `BatchLRScheduler(batch_size={self.batch_size})`"
+                f"`max_device_tokens={self.max_device_tokens}` has no effect without the callback BatchLRScheduler, which "
+                f"splits the steps: add `BatchLRScheduler(batch_size={self.batch_size})` to the callbacks, or leave it out"
             )
 
     def _process(self) -> tuple[int, int]:

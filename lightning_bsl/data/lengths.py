@@ -1,4 +1,4 @@
-"""Micro-batches by length: which examples of a step are padded together."""
+"""Micro-batches by length: examples of similar length are padded together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ Values = npt.NDArray[np.float64]
 
 
 class Lengths:
-    """The length of each example of a training set, and the bound on what a process puts through the model at once.
+    """The lengths of the training examples, and the largest number of padded tokens of a micro-batch.
 
     Args:
-        read: Returns a length for each example, 1 or more: a sequence, an array or a tensor. Called once, when they are needed.
-        number: Examples of the training set.
-        max_device_tokens: Most padded tokens of a micro-batch: its longest example x its examples; ``None`` for no bound.
+        read: Returns the length of each example, 1 or more: a sequence, an array or a tensor. It is called once, when the
+            lengths are first needed.
+        number: Number of training examples.
+        max_device_tokens: Largest number of padded tokens of a micro-batch (length of its longest example x number of its
+            examples); ``None`` for no limit.
 
     Example:
         >>> Lengths(lambda: [3, 1, 7], number=3, max_device_tokens=8).values
@@ -34,21 +36,24 @@ class Lengths:
         """The lengths, ``[examples]``.
 
         Raises:
-            TypeError: They are no numbers.
-            ValueError: There are more or fewer than examples, one is below 1 or not finite, or an example is longer than
-                ``max_device_tokens``.
+            TypeError: The lengths are not numbers.
+            ValueError: The number of lengths is not the number of examples, a length is below 1 or not finite, or an example is
+                longer than ``max_device_tokens``.
         """
-        given = self._read()
+        lengths = self._read()
         try:
-            values = np.asarray(given, dtype=np.float64)
+            values = np.asarray(lengths, dtype=np.float64)
         except (TypeError, ValueError):
             values = np.empty((0, 0))
         if values.ndim != 1:
-            raise TypeError("`lengths` must be one number for each training example, or a function of an example")
+            raise TypeError(
+                f"`lengths` of type {type(lengths).__name__} must be one number for each training example, or a function of an "
+                "example that returns one number"
+            )
         if len(values) != self._number:
             raise ValueError(
-                f"there are {len(values)} `lengths` for {self._number} training examples; give one number for each example, in "
-                "the order of the data set"
+                f"there are {len(values)} `lengths` for {self._number} training examples; give one number for each example, "
+                "in the order of the data set"
             )
         wrong = np.flatnonzero(~((values >= 1) & np.isfinite(values)))
         if len(wrong):
@@ -60,24 +65,24 @@ class Lengths:
         if self.max_device_tokens is not None and len(values) and values[longest] > self.max_device_tokens:
             raise ValueError(
                 f"training example {longest} has a length of {values[longest]:.10g}, above "
-                f"`max_device_tokens={self.max_device_tokens}`, and a single example cannot be cut; raise it to "
+                f"`max_device_tokens={self.max_device_tokens}`, and a single example cannot be split; write "
                 f"{values[longest]:.10g} or more, or shorten the example"
             )
         return values
 
     @property
     def digest(self) -> str:
-        """Equal for equal lengths."""
+        """A hash of the lengths, to compare the processes."""
         return hashlib.sha256(self.values.tobytes()).hexdigest()
 
 
 def _ends(lengths: list[float], bound: float, most: int) -> list[int]:
-    """Where each group ends if each takes as many as it may: no other groups of this order are fewer.
+    """The ends of the groups if every group takes as many examples as it may. No other grouping has fewer groups.
 
     Args:
-        lengths: From the longest to the shortest.
-        bound: Most padded tokens of a group.
-        most: Most examples of a group.
+        lengths: Lengths in descending order.
+        bound: Largest number of padded tokens of a group.
+        most: Largest number of examples of a group.
     """
     ends, stop, number = [], 0, len(lengths)
     while stop < number:
@@ -92,21 +97,22 @@ def micro_batches_by_length(
     max_device_tokens: float | None = None,
     max_device_batch_size: int | None = None,
 ) -> list[list[npt.NDArray[np.int64]]]:
-    """Deal a step's examples to the processes, and cut the shares into micro-batches of similar lengths.
+    """Divide the examples of a step among the processes, in micro-batches of examples of similar length.
 
-    Sorted by length, the examples are cut into as few groups as the bounds allow, or into one for each process where there
-    are no bounds. Their number is then made a multiple of the number of processes, and the largest padded cost (longest
-    example x examples) as small as that number allows. Groups of similar cost go through the model in the same round.
+    The examples are sorted by length and cut into as few groups as the limits allow, or into one group for each process if
+    there are no limits. The number of groups is then raised to a multiple of the number of processes. For this number, the
+    largest padded cost (length of the longest example x number of examples) is made as small as possible. Groups of similar
+    cost go through the model at the same time.
 
     Args:
-        lengths: Of the step's examples, in their order, ``[examples]``.
-        processes: Processes that share the step.
-        max_device_tokens: Most padded tokens of a micro-batch; ``None`` for no bound.
-        max_device_batch_size: Most examples of a micro-batch; ``None`` for no bound.
+        lengths: Lengths of the examples in the order of the step, ``[examples]``.
+        processes: Number of processes that share the step.
+        max_device_tokens: Largest number of padded tokens of a micro-batch; ``None`` for no limit.
+        max_device_batch_size: Largest number of examples of a micro-batch; ``None`` for no limit.
 
     Returns:
-        For each process its micro-batches, equally many: the positions of their examples in the step, ascending. Where there
-        are too few examples, some are empty.
+        For each process its micro-batches, the same number for all. A micro-batch is the positions of its examples in the step,
+        in ascending order. If there are too few examples, some micro-batches are empty.
 
     Example:
         >>> shares = micro_batches_by_length([2, 9, 2, 8, 3, 2], processes=2, max_device_tokens=10)
@@ -125,14 +131,17 @@ def micro_batches_by_length(
     shares: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(processes)]
     for number in range(rounds):
         together = groups[number * processes : (number + 1) * processes]
-        # there and back, so that no process always has the costliest
+        # the order alternates, so that the most expensive group is not always that of the same process
         for share, group in zip(shares, together if number % 2 == 0 else together[::-1]):
             share.append(group)
     return shares
 
 
 def _even(ordered: list[float], processes: int, tokens: float | None, most: int | None) -> list[tuple[int, int]]:
-    """The groups, the costliest first, each as a start and an end in ``ordered``: at most a multiple of ``processes``."""
+    """Groups of equal cost, as far as possible: (start, end) in ``ordered``, the most expensive first.
+
+    Their number is a multiple of ``processes``, unless there are too few examples.
+    """
     number = len(ordered)
     high, most = ordered[0] * number if tokens is None else tokens, most or number
     ends = _ends(ordered, high, most)
@@ -140,7 +149,7 @@ def _even(ordered: list[float], processes: int, tokens: float | None, most: int 
     low = ordered[0]
     if len(fewest := _ends(ordered, low, most)) <= count:
         ends, high = fewest, low
-    for _ in range(16 if low < high else 0):  # to the smallest bound with as many groups, but for one part in 2**16
+    for _ in range(16 if low < high else 0):  # bisect to the smallest bound with this number of groups, to one part in 2**16
         middle = (low + high) / 2
         if len(fewer := _ends(ordered, middle, most)) <= count:
             ends, high = fewer, middle
@@ -162,16 +171,16 @@ def _even(ordered: list[float], processes: int, tokens: float | None, most: int 
 def count_by_length(
     lengths: Values, processes: int = 1, max_device_tokens: float | None = None, max_device_batch_size: int | None = None
 ) -> npt.NDArray[np.int64]:
-    """How many micro-batches each process has in each of several steps, as `micro_batches_by_length` makes them.
+    """The number of micro-batches per process that ``micro_batches_by_length`` makes, for several steps.
 
     Args:
-        lengths: Of the examples of steps of one size, ``[steps, examples]``.
-        processes: As of `micro_batches_by_length`.
-        max_device_tokens: As of `micro_batches_by_length`.
-        max_device_batch_size: As of `micro_batches_by_length`.
+        lengths: Lengths of the examples of steps of equal size, ``[steps, examples]``.
+        processes: The same as for ``micro_batches_by_length``.
+        max_device_tokens: The same as for ``micro_batches_by_length``.
+        max_device_batch_size: The same as for ``micro_batches_by_length``.
 
     Returns:
-        Their number in each step, ``[steps]``.
+        The number for each step, ``[steps]``.
 
     Example:
         >>> count_by_length(np.array([[2.0, 9, 2, 8, 3, 2], [3, 3, 3, 3, 3, 3]]), max_device_tokens=10)

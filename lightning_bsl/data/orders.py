@@ -1,4 +1,4 @@
-"""The order in which a loader takes its examples, as a function of the epoch."""
+"""The order in which a loader reads its examples, as a function of the epoch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_bsl.data.sampler import GlobalBatchSampler, Order, Permutation
 
 
 def order_of(loader: DataLoader[Any], seed: int, overfit: bool = False, asked_at: int = 0, world_size: int = 1) -> Order:
-    """The order in which a loader would take its examples, resumable.
+    """The order in which a loader would read its examples. A run can resume inside an epoch of this order.
 
     Args:
         loader: A loader that can be re-made.
-        seed: Seed of permutations, and of what a sampler draws.
-        overfit: Whether a few batches are to be overfitted, which must be the same in every epoch.
+        seed: Seed of the permutations, and of the random numbers that a sampler draws.
+        overfit: Whether the run overfits a few batches, which must be the same in every epoch.
         asked_at: The epoch in which the loader was made.
         world_size: Number of processes that share each step.
     """
@@ -41,37 +41,38 @@ def order_of(loader: DataLoader[Any], seed: int, overfit: bool = False, asked_at
     if hasattr(dataset, "__len__") and source is not None and len(source) == number():
         if kind is SequentialSampler:
             return Permutation(number, shuffle=False)
-        # one for each process is one for all: ours gives every process its share
+        # a DistributedSampler has one part of the data per process; here one permutation serves all, and is shared later
         if kind is DistributedSampler and sampler.num_replicas == world_size:
             return Permutation(number, seed, sampler.shuffle)
         if kind is RandomSampler and not sampler.replacement and sampler.num_samples == number():
-            own = sampler.generator
-            return Permutation(number, seed if own is None else own.initial_seed())
+            generator = sampler.generator
+            return Permutation(number, seed if generator is None else generator.initial_seed())
     return SamplerOrder(sampler, seed, asked_at, 100 * number() + 10**5 if hasattr(dataset, "__len__") else 10**7)
 
 
 class SamplerOrder:
-    """The order of a sampler that the user gave: asked once an epoch (once a pass beside a longer loader), under our seed.
+    """The order of a sampler that the user gave.
 
-    It is asked as late as a loader would ask it, so that what hooks tell it between epochs counts. A sampler may count how
-    often it was asked: a resumed run asks it for the epochs before, too. One whose order follows from the training itself must
-    save that in its own way, and is resumed exactly from the end of an epoch.
+    The sampler is iterated once per epoch, or once per pass if another loader is longer, with a seed that depends on the epoch.
+    It is iterated as late as a loader would do it, so changes that hooks make to it between epochs have an effect. A resumed
+    run iterates it for the past epochs too, since it may count its iterations. A sampler whose order depends on the training
+    itself must save its own state; it resumes exactly only from the end of an epoch.
 
     Args:
-        sampler: Any iterable of indices. If it has ``set_epoch``, that is called.
-        seed: Seeds every generator that it may draw from: the global ones, and those that it holds.
-        first: The first epoch that it is asked for.
-        most: Indices of an epoch beyond which it is taken to have no end.
+        sampler: Any iterable of indices. If it has a method ``set_epoch``, this is called.
+        seed: Seed of every generator that it may draw from: the global ones, and its own.
+        first: The first epoch for which it is iterated.
+        most: Largest number of indices of an epoch; with more, the sampler is refused as endless.
     """
 
     def __init__(self, sampler: Any, seed: int, first: int = 0, most: int = 10**7) -> None:
         self.sampler, self.seed, self.most = sampler, seed, most
         self._next = first
         self._epoch = -1
-        self._passes: list[list[Any]] = []  # of the epoch at hand
+        self._passes: list[list[Any]] = []  # of the current epoch
 
     def length(self, epoch: int) -> int:
-        """Examples of one pass in ``epoch``: as it says; it is asked only if it does not say."""
+        """Examples of one pass in ``epoch``: the sampler's ``__len__``. Without one, the sampler is iterated."""
         if epoch == self._epoch or not hasattr(self.sampler, "__len__"):
             return len(self(epoch))
         self._tell(epoch)
@@ -88,17 +89,17 @@ class SamplerOrder:
                 self._ask(missed, 0)
             self._epoch, self._passes, self._next = epoch, [], epoch + 1
         while len(self._passes) <= cycle:
-            said = len(self.sampler) if hasattr(self.sampler, "__len__") and not self._passes else None
+            length = len(self.sampler) if hasattr(self.sampler, "__len__") and not self._passes else None
             self._passes.append(self._ask(epoch, len(self._passes)))
-            if said not in (None, len(self._passes[0])):
+            if length not in (None, len(self._passes[0])):
                 raise MisconfigurationException(
-                    f"the sampler {type(self.sampler).__name__} has a `__len__` of {said}, but gave {len(self._passes[0])} "
+                    f"the sampler {type(self.sampler).__name__} has a `__len__` of {length}, but gave {len(self._passes[0])} "
                     f"examples in epoch {epoch}: correct its `__len__`, or leave it out"
                 )
             if len(self._passes[-1]) != len(self._passes[0]):
                 raise MisconfigurationException(
                     f"the sampler {type(self.sampler).__name__} gave {len(self._passes[0])} examples, and then "
-                    f"{len(self._passes[-1])} in the same epoch: give as many in each pass of an epoch"
+                    f"{len(self._passes[-1])} in another pass of epoch {epoch}: give the same number in every pass of an epoch"
                 )
         return self._passes[cycle]
 
@@ -108,8 +109,8 @@ class SamplerOrder:
             indices = list(islice(self.sampler, self.most + 1))
         if len(indices) > self.most:
             raise MisconfigurationException(
-                f"the sampler {type(self.sampler).__name__} gave more than {self.most} examples in epoch {epoch}, and seems to "
-                "have no end: have it end an epoch"
+                f"the sampler {type(self.sampler).__name__} gave more than {self.most} examples in epoch {epoch} and seems to "
+                "have no end: let its `__iter__` stop at the end of an epoch"
             )
         return indices
 
@@ -120,26 +121,26 @@ class SamplerOrder:
 
 @contextmanager
 def _seeded(sampler: Any, entropy: list[int]) -> Iterator[None]:
-    """Seed the global generators, and for a while those that a sampler holds."""
+    """Seed the global generators, and those of a sampler until the context ends."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     with ExitStack() as undo:
-        for own in _generators(sampler):
-            if isinstance(own, torch.Generator):
-                undo.callback(own.set_state, own.get_state())
-                own.manual_seed(seed ^ (own.initial_seed() % 2**63))
-            elif isinstance(own, np.random.Generator):
-                bits = own.bit_generator
+        for generator in _generators(sampler):
+            if isinstance(generator, torch.Generator):
+                undo.callback(generator.set_state, generator.get_state())
+                generator.manual_seed(seed ^ (generator.initial_seed() % 2**63))
+            elif isinstance(generator, np.random.Generator):
+                bits = generator.bit_generator
                 undo.callback(setattr, bits, "state", bits.state)
                 bits.state = type(bits)(seed).state
-            elif isinstance(own, np.random.RandomState):
-                undo.callback(own.set_state, own.get_state())
-                own.seed(seed % 2**32)
+            elif isinstance(generator, np.random.RandomState):
+                undo.callback(generator.set_state, generator.get_state())
+                generator.seed(seed % 2**32)
             else:
-                undo.callback(own.setstate, own.getstate())
-                own.seed(seed)
+                undo.callback(generator.setstate, generator.getstate())
+                generator.seed(seed)
         yield
 
 

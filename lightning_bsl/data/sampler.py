@@ -17,44 +17,44 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, Sequential
 from lightning_bsl.data.lengths import Lengths, Values, count_by_length, micro_batches_by_length
 from lightning_bsl.schedules import JointSchedule, Progress
 from lightning_bsl.schedules.functions import Function
-from lightning_bsl.schedules.plan import Measure, Run, runs, size_at
+from lightning_bsl.schedules.plan import Measure, Stretch, size_at, stretches_of_epoch
 
 
 def epoch_generator(seed: int, epoch: int, stream: int = 0, cycle: int = 0) -> torch.Generator:
-    """A random generator that depends on (seed, epoch, stream, cycle) alone.
+    """A random generator that depends only on (seed, epoch, stream, cycle).
 
     Args:
-        seed: The run's seed.
+        seed: Seed of the run.
         epoch: The epoch.
-        stream: One number for each use, so that two uses in an epoch are independent.
-        cycle: Which pass of the epoch, where it has several.
+        stream: A number for each use, so that two uses in an epoch are independent.
+        cycle: Index of the pass, if the epoch has several.
     """
-    # mixed rather than added: seed 0 in epoch 1 must not be seed 1 in epoch 0
+    # mixed, not added: seed 0 in epoch 1 must differ from seed 1 in epoch 0
     entropy = [seed, epoch, stream, *([cycle] if cycle else [])]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def share_of(examples: int, rank: int, world_size: int) -> slice:
-    """The part of a step's examples that process ``rank`` of ``world_size`` takes; shares differ by at most one example."""
+    """The part of a step's examples that process ``rank`` of ``world_size`` trains. Shares differ by at most one example."""
     return slice(rank * examples // world_size, (rank + 1) * examples // world_size)
 
 
-@lru_cache(maxsize=256)  # asked at every step, nearly always for the same size
+@lru_cache(maxsize=256)  # called at every step, nearly always with the same size
 def micro_batches(
     examples: int, rank: int, world_size: int, max_device_batch_size: int | None, even: bool = True
 ) -> tuple[slice, ...]:
-    """The parts of a step's examples that process ``rank`` puts through the model one after another.
+    """The micro-batches of a step on process ``rank``, as slices of the step's examples.
 
-    Every process has the same number of them, so that they can step together; a process with a smaller share may have an
-    empty one.
+    Every process has the same number of micro-batches, so that all step together. A process with a smaller share may have an
+    empty micro-batch.
 
     Args:
         examples: Examples of the step.
         rank: Index of the process.
         world_size: Number of processes.
-        max_device_batch_size: Most examples of a micro-batch; ``None`` for no bound.
-        even: Whether the parts differ by at most one example; else all but the last have the largest size.
+        max_device_batch_size: Largest number of examples of a micro-batch; ``None`` for no limit.
+        even: Whether the micro-batches differ by at most one example; else all but the last have the largest size.
     """
     share = share_of(examples, rank, world_size)
     largest = -(-examples // world_size)
@@ -68,21 +68,21 @@ def micro_batches(
 
 
 def part_size(part: Any) -> int:
-    """Examples of a part of a step: a slice of it, or positions in it."""
+    """The number of examples of a part of a step: a slice of the step, or positions in it."""
     return part.stop - part.start if isinstance(part, slice) else len(part)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step is cut over the processes that share it, and into micro-batches.
+    """How a step is divided among the processes, and into micro-batches.
 
     Args:
         rank: Index of this process among those that share a step.
-        world_size: Their number.
-        max_device_batch_size: Most examples of a micro-batch; ``None`` for no bound.
-        accumulate: As Lightning's ``accumulate_grad_batches``: into so many micro-batches, each of an equal part of the
+        world_size: Number of processes that share a step.
+        max_device_batch_size: Largest number of examples of a micro-batch; ``None`` for no limit.
+        accumulate: As Lightning's ``accumulate_grad_batches``: the number of micro-batches, each of an equal part of the
             scheduled batch size.
-        by_length: Whether a step is dealt and cut by the lengths of its examples, where they are known.
+        by_length: Whether a step is divided by the lengths of its examples, if they are known.
 
     Example:
         >>> [part.stop - part.start for part in Cut(max_device_batch_size=4)(10, batch_size=10)]
@@ -96,26 +96,26 @@ class Cut:
     by_length: bool = False
 
     def __call__(self, examples: int, batch_size: int) -> tuple[slice, ...]:
-        """This process's micro-batches of a step, by their number.
+        """This process's micro-batches of a step, as slices of the step's examples.
 
         Args:
             examples: Examples of the step.
-            batch_size: What the schedule says; the last step of an epoch may have fewer examples.
+            batch_size: The scheduled batch size; the last step of an epoch may have fewer examples.
         """
         if self.accumulate > 1:
             size = -(-batch_size // (self.world_size * self.accumulate))
             return micro_batches(examples, self.rank, self.world_size, size, even=False)
         return micro_batches(examples, self.rank, self.world_size, self.max_device_batch_size)
 
-    def sizes(self, run: Run) -> Iterator[tuple[int, list[int]]]:
-        """Of each kind of step in a run of a plan: its examples, and those of this process's micro-batches."""
-        for examples, _ in run.kinds():
-            yield examples, [part.stop - part.start for part in self(examples, run.batch_size)]
+    def sizes(self, stretch: Stretch) -> Iterator[tuple[int, list[int]]]:
+        """For each kind of step in a stretch of a plan: its examples, and the examples of this process's micro-batches."""
+        for examples, _ in stretch.kinds():
+            yield examples, [part.stop - part.start for part in self(examples, stretch.batch_size)]
 
-    def batches(self, run: Run) -> int:
-        """This process's micro-batches in a run of a plan."""
-        count = sum(number * len(self(examples, run.batch_size)) for examples, number in run.kinds())
-        return count if run.examples > (run.steps - 1) * run.batch_size or run.sizes else count + 1
+    def batches(self, stretch: Stretch) -> int:
+        """The number of this process's micro-batches in a stretch of a plan."""
+        count = sum(number * len(self(examples, stretch.batch_size)) for examples, number in stretch.kinds())
+        return count if stretch.examples > (stretch.steps - 1) * stretch.batch_size or stretch.sizes else count + 1
 
 
 class Order(Protocol):
@@ -126,18 +126,18 @@ class Order(Protocol):
         ...
 
     def __call__(self, epoch: int, cycle: int = 0) -> Sequence[Any] | Tensor:
-        """The indices of pass ``cycle`` of ``epoch``; an epoch has several passes only beside a longer loader."""
+        """The indices of pass ``cycle`` of ``epoch``. An epoch has several passes only if another loader is longer."""
         ...
 
 
 class Permutation:
-    """A permutation of the data set that depends on (seed, epoch) alone.
+    """A permutation of the data set that depends only on (seed, epoch).
 
     Args:
-        num_examples: Examples of the data set; a function where it may change between epochs.
+        num_examples: Examples of the data set; a function if it may change between epochs.
         seed: Seed of the permutations.
-        shuffle: Whether to permute at all.
-        samples_per_epoch: Only the first so many of each permutation; all of them by default.
+        shuffle: Whether to permute the examples.
+        samples_per_epoch: Number of examples of an epoch: the first ones of each permutation; by default all.
 
     Raises:
         ValueError: ``samples_per_epoch`` is not between 1 and ``num_examples``.
@@ -154,7 +154,7 @@ class Permutation:
         if samples_per_epoch is not None and not 1 <= samples_per_epoch <= self.num_examples:
             raise ValueError(
                 f"`samples_per_epoch={samples_per_epoch}` must lie between 1 and the {self.num_examples} examples of the data "
-                "set"
+                "set: write a number in this range, or leave it out"
             )
         self.seed, self.shuffle, self.samples_per_epoch = seed, shuffle, samples_per_epoch
 
@@ -176,34 +176,35 @@ class Permutation:
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Yields the indices of each optimizer step, the batch size following a schedule.
+    """A batch sampler whose batch size follows a schedule, inside an epoch too.
 
-    A step is one list of indices, or, beyond ``max_device_batch_size``, a list for each of its micro-batches.
+    It yields one list of indices per optimizer step. If the step is larger than ``max_device_batch_size``, it yields one list
+    per micro-batch.
 
-    Every epoch is a permutation of the data set that depends on (seed, epoch) alone, cut into steps by the schedule; each
-    example comes exactly once, in the last, short step of the epoch if need be. A schedule is a pure function of the
-    clock, so ``len()`` is exact also where the batch size changes inside the epoch.
+    Every epoch is a permutation of the data set that depends only on (seed, epoch). The schedule divides it into steps, and
+    every example comes exactly once; the last step may be short. A schedule is a pure function of the clock, so ``len()`` is
+    exact even if the batch size changes inside the epoch.
 
     Args:
         num_examples: Examples of the data set.
         batch_size: The global batch size of a step: an ``int``, a schedule, or a function of progress.
         clock: Returns the progress at the start of the epoch that is iterated next.
-        consumed: Returns how many of that epoch's examples are consumed already, where a run was resumed inside it;
-            ``None`` for somebody who looks through the whole epoch, beside training.
+        consumed: Returns the number of examples of this epoch that are trained already, after a resume inside the epoch.
+            ``None`` for an iteration over the whole epoch that is not for training.
         seed: Seed of the permutations.
-        shuffle: Whether to permute at all.
+        shuffle: Whether to permute the examples.
         rank: Index of this process, which gets its share of each step.
         world_size: Number of processes.
-        max_device_batch_size: Most examples of a micro-batch; a step has as many micro-batches as that takes.
-        as_tensors: Whether to yield tensors instead of lists, for a data set whose ``__getitems__`` takes them.
-        samples_per_epoch: Only that many examples, drawn anew each epoch without replacement (Li et al., arXiv 2405.14578,
-            train Tiny-ImageNet on 10,000 an epoch); all of them by default.
-        drop_last: Whether to leave out a last step that would be short.
-        lengths: The lengths of the examples, by which a step is then dealt to the processes and cut into micro-batches.
+        max_device_batch_size: Largest number of examples of a micro-batch; ``None`` for no limit.
+        as_tensors: Whether to yield tensors instead of lists, for a data set whose ``__getitems__`` takes tensors.
+        samples_per_epoch: Number of examples of an epoch, drawn anew in each epoch without replacement; by default all. (Li et
+            al. 2024, arXiv 2405.14578, train on 10,000 images of Tiny-ImageNet per epoch.)
+        drop_last: Whether to leave out a short last step.
+        lengths: Lengths of the examples. A step is then divided by length among the processes and into micro-batches.
 
     Raises:
-        ValueError: ``samples_per_epoch`` is not between 1 and ``num_examples``; when iterated, a batch size below 1 or above
-            the examples of an epoch, or lengths that cannot be.
+        ValueError: ``samples_per_epoch`` is not between 1 and ``num_examples``. When iterated: a batch size below 1 or above
+            the examples of an epoch, or lengths that are not valid.
 
     Example:
         >>> sampler = GlobalBatchSampler(10, lambda progress: 2 + 2 * (progress.step > 0), shuffle=False)
@@ -234,17 +235,18 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.consumed = consumed
         self.cut = Cut(rank, world_size, max_device_batch_size, by_length=lengths is not None)
         self.lengths = lengths
-        self.in_tokens = False  # whether the batch size is in tokens: lengths, summed; not with further passes
+        self.in_tokens = False  # whether the batch size is a sum of lengths; not with several passes in an epoch
         self.as_tensors = as_tensors
-        self.drops_last = drop_last  # not `drop_last`, `batch_size` or `sampler`: Lightning rebuilds batch samplers with those
-        self.cycles = False  # whether an epoch may have further passes, beside a longer loader
-        self.exhausted = False  # whether the pass that was begun last was handed out
-        self.pass_start = 0  # examples of the epoch before the pass that was begun last
-        self.cycle = 0  # the index of that pass in its epoch
-        self.handed_out = 0  # examples of the epoch's steps that were asked for: workers ask ahead of what is trained
-        self._ordered: tuple[tuple[int, int], Values] | None = None  # the lengths of a pass, and which pass it is
-        self._sums: Values | None = None  # their running sums
-        self._counted: dict[tuple[int, ...], int] = {}  # micro-batches of its steps
+        # Lightning rebuilds batch samplers that have attributes `drop_last`, `batch_size` and `sampler`: do not use these names
+        self.drops_last = drop_last
+        self.cycles = False  # whether an epoch may have several passes, since another loader is longer
+        self.exhausted = False  # whether the last pass was yielded to its end
+        self.pass_start = 0  # examples of the epoch before the last pass
+        self.cycle = 0  # index of the last pass in its epoch
+        self.handed_out = 0  # examples of the epoch that were yielded; workers fetch more than is trained
+        self._ordered: tuple[tuple[int, int], Values] | None = None  # (epoch, cycle) of a pass, and its lengths in their order
+        self._sums: Values | None = None  # cumulative sums of these lengths
+        self._counted: dict[tuple[int, ...], int] = {}  # number of micro-batches of stretches of this pass
 
     @classmethod
     def of(
@@ -260,18 +262,18 @@ class GlobalBatchSampler(Sampler[list[int]]):
         cycles: bool = False,
         lengths: Lengths | None = None,
     ) -> GlobalBatchSampler:
-        """A sampler over any order.
+        """Make a sampler over any order.
 
         Args:
             order: The order of the examples.
-            batch_size: The global batch size, as of the class.
-            clock: As of the class.
-            consumed: As of the class.
-            cut: How a step is cut.
-            drop_last: As of the class.
-            as_tensors: As of the class.
-            cycles: Whether an epoch may have further passes, beside a longer loader.
-            lengths: The lengths of the examples; the cut says whether it goes by them.
+            batch_size: The same as for the class.
+            clock: The same as for the class.
+            consumed: The same as for the class.
+            cut: How a step is divided.
+            drop_last: The same as for the class.
+            as_tensors: The same as for the class.
+            cycles: Whether an epoch may have several passes, since another loader is longer.
+            lengths: Lengths of the examples; used to divide a step if ``cut.by_length``.
         """
         sampler = cls(1, batch_size, clock, consumed, as_tensors=as_tensors, drop_last=drop_last)
         sampler.order, sampler.cut, sampler.cycles, sampler.lengths = order, cut, cycles, lengths
@@ -279,71 +281,72 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     @property
     def num_examples(self) -> int:
-        """Examples of one pass in the epoch at hand."""
+        """Examples of one pass in the current epoch."""
         return self.order.length(self.clock().epoch)
 
     def __len__(self) -> int:
-        """Batches of one pass: its steps, or their micro-batches."""
-        return self._batches(self._runs(self.clock()), self.num_examples)
+        """Number of batches of one pass: its steps, or their micro-batches."""
+        return self._batches(self._stretches(self.clock()), self.num_examples)
 
     def batches_in(self, examples: int) -> int:
-        """Batches that the epoch's steps over its first ``examples`` examples take."""
-        return sum(self._batches(found, taken, cycle) for cycle, (found, taken) in enumerate(self._passes(examples)))
+        """Number of batches of the steps that take the first ``examples`` examples of the epoch."""
+        passes = enumerate(self._passes(examples))
+        return sum(self._batches(stretches, taken, cycle) for cycle, (stretches, taken) in passes)
 
     def steps_in(self, examples: int) -> int:
-        """Steps over the epoch's first ``examples`` examples."""
+        """Number of steps that take the first ``examples`` examples of the epoch."""
         count = 0
-        for found, taken in self._passes(examples):
-            for run in found:
-                count += run.steps_over(min(run.examples, taken))
-                taken -= min(run.examples, taken)
+        for stretches, taken in self._passes(examples):
+            for stretch in stretches:
+                count += stretch.steps_over(min(stretch.examples, taken))
+                taken -= min(stretch.examples, taken)
         return count
 
-    def _passes(self, examples: int) -> Iterator[tuple[list[Run], int]]:
-        """The runs of each pass over the epoch's first ``examples`` examples, and how many of those lie ahead of it."""
+    def _passes(self, examples: int) -> Iterator[tuple[list[Stretch], int]]:
+        """For each pass over the first ``examples`` examples of the epoch: its stretches, and how many examples are left."""
         progress, first = self.clock(), True
         while examples > 0 and (self.cycles or first):
-            found, first = self._runs(progress), False
-            yield found, examples
-            taken = sum(run.examples for run in found)
+            stretches, first = self._stretches(progress), False
+            yield stretches, examples
+            taken = sum(stretch.examples for stretch in stretches)
             examples -= taken
-            progress = progress.advance(taken, sum(run.steps for run in found))
+            progress = progress.advance(taken, sum(stretch.steps for stretch in stretches))
 
-    def _runs(self, progress: Progress) -> list[Run]:
-        return runs(self.schedule, progress, self.num_examples, drop_last=self.drops_last, measure=self.measure)
+    def _stretches(self, progress: Progress) -> list[Stretch]:
+        return stretches_of_epoch(self.schedule, progress, self.num_examples, drop_last=self.drops_last, measure=self.measure)
 
-    def _batches(self, found: list[Run], examples: int, cycle: int = 0) -> int:
-        """Batches of the steps over the first ``examples`` examples of a pass."""
+    def _batches(self, stretches: list[Stretch], examples: int, cycle: int = 0) -> int:
+        """Number of batches of the steps that take the first ``examples`` examples of a pass."""
         count = start = 0
-        for run in found:
-            taken = min(run.examples, examples - start)
+        for stretch in stretches:
+            taken = min(stretch.examples, examples - start)
             if taken <= 0:
                 break
-            count += self.count_batches(run if taken == run.examples else run.over(taken), start, cycle)
+            count += self.count_batches(stretch if taken == stretch.examples else stretch.over(taken), start, cycle)
             start += taken
         return count
 
     @property
     def cuts_by_length(self) -> bool:
-        """Whether a step is dealt and cut by the lengths of its examples."""
+        """Whether a step is divided by the lengths of its examples."""
         return self.lengths is not None and self.cut.by_length
 
-    def count_batches(self, run: Run, start: int, cycle: int = 0) -> int:
-        """Batches of the steps of a run.
+    def count_batches(self, stretch: Stretch, start: int, cycle: int = 0) -> int:
+        """Number of batches of the steps of a stretch.
 
         Args:
-            run: The run.
-            start: Examples of the pass before it.
-            cycle: Which pass of its epoch.
+            stretch: The stretch.
+            start: Examples of the pass before the stretch.
+            cycle: Index of the pass in its epoch.
         """
         if self.lengths is None or not self.cuts_by_length or self.lengths.max_device_tokens is None:
-            # the number of examples alone decides
-            return sum(number * self._count(size, run.batch_size) for size, number in run.kinds())
-        lengths = self._lengths_of(run.start.epoch, cycle)
-        key = (start, run.examples, run.batch_size, run.steps)
+            # the number of micro-batches follows from the number of examples
+            return sum(number * self._count(size, stretch.batch_size) for size, number in stretch.kinds())
+        lengths = self._lengths_of(stretch.start.epoch, cycle)
+        key = (start, stretch.examples, stretch.batch_size, stretch.steps)
         if key not in self._counted:
             self._counted[key] = 0
-            for size, number in run.kinds():
+            for size, number in stretch.kinds():
                 steps = lengths[start : start + number * size].reshape(number, size)
                 self._counted[key] += int(count_by_length(steps, self.cut.world_size, *self._bounds).sum())
                 start += number * size
@@ -356,7 +359,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     @property
     def measure(self) -> Measure | None:
-        """What batch sizes count, where these are not examples."""
+        """The unit of batch sizes, if it is not examples."""
         return Measure("tokens", self._tokens_in, self._take) if self.in_tokens else None
 
     def _tokens_in(self, epoch: int) -> float:
@@ -386,7 +389,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self._ordered[1]
 
     def most_batches(self, examples: int) -> int:
-        """Most batches that a step may have, whatever the lengths of its examples.
+        """The largest number of batches that a step can have, for any lengths of its examples.
 
         Args:
             examples: Examples of the step.
@@ -406,45 +409,45 @@ class GlobalBatchSampler(Sampler[list[int]]):
             epoch: The epoch.
             start: Examples of the pass before the step.
             examples: Examples of the step.
-            cycle: Which pass of the epoch.
+            cycle: Index of the pass in its epoch.
         """
         return self._lengths_of(epoch, cycle)[start : start + examples]
 
     def parts(self, epoch: int, start: int, examples: int, batch_size: int, cycle: int = 0) -> list[Any]:
-        """This process's micro-batches of a step: of each the positions of its examples in the step.
+        """This process's micro-batches of a step, as positions in the step.
 
         Args:
             epoch: The epoch.
             start: Examples of the pass before the step.
             examples: Examples of the step.
-            batch_size: What the schedule says.
-            cycle: Which pass of the epoch.
+            batch_size: The scheduled batch size.
+            cycle: Index of the pass in its epoch.
 
         Returns:
-            Slices; or ascending positions where the cut goes by length and does not leave the step whole. Equally many for
-            each process; some may be empty.
+            Slices; or arrays of ascending positions if the step is divided by length. The number is the same for every process;
+            some may be empty.
         """
         if not self.cuts_by_length:
             return list(self.cut(examples, batch_size))
         tokens, most = self._bounds
         if tokens is None and self.cut.world_size == 1 and examples <= (most or examples):
-            return [slice(0, examples)]  # whatever the lengths are
+            return [slice(0, examples)]  # one micro-batch, for any lengths
         lengths = self.step_lengths(epoch, start, examples, cycle)
         return micro_batches_by_length(lengths, self.cut.world_size, tokens, most)[self.cut.rank]
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The indices of this process, step by step, to the end of the pass."""
-        # the clock is read now, not when a worker asks for the first batch
+        """Yield the indices of this process, step by step, to the end of the pass."""
+        # read the clock now, not when a worker fetches the first batch
         progress, consumed, start, cycle = self.clock(), self.consumed(), 0, 0
         if consumed is None:
             return self._steps(progress, 0, 0, 0, counts=False)
         while self.cycles and consumed > start:
-            found = self._runs(progress)
-            taken = sum(run.examples for run in found)
+            stretches = self._stretches(progress)
+            taken = sum(stretch.examples for stretch in stretches)
             if consumed < start + taken:
                 break
             start, cycle = start + taken, cycle + 1
-            progress = progress.advance(taken, sum(run.steps for run in found))
+            progress = progress.advance(taken, sum(stretch.steps for stretch in stretches))
         self.pass_start, self.cycle, self.handed_out, self.exhausted = start, cycle, consumed, False
         return self._steps(progress, cycle, start, consumed)
 
@@ -456,7 +459,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             order = torch.tensor(order)
         position, batch_size, schedule, settled, measure = 0, 0, self.schedule, 0.0, self.measure
         while position < len(order):
-            if settled < 1 or schedule is not self.schedule:  # else it is sure to stay
+            if settled < 1 or schedule is not self.schedule:  # else the batch size cannot have changed
                 schedule = self.schedule
                 if measure is None:
                     batch_size = size_at(schedule, progress, len(order), batch_size or None)
@@ -476,7 +479,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             if counts:
                 self.handed_out = start + position
             for part in self.parts(progress.epoch, position - len(step), len(step), batch_size, cycle):
-                # a process without a share must step with the others all the same: it repeats an example, at weight 0
+                # a process with an empty part must step with the others: it repeats an example, with weight 0
                 if isinstance(part, slice):
                     yield step[part] if part.stop > part.start else step[:1]
                 elif not len(part):
@@ -494,7 +497,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class ShareSampler(SequentialSampler, DistributedSampler[Any]):
-    """Stands in a loader's ``sampler`` where its batch sampler decides: Lightning then puts no sampler of its own in.
+    """A placeholder for the attribute ``sampler`` of a loader with a ``GlobalBatchSampler``.
+
+    It is a ``DistributedSampler`` by type, so Lightning does not replace it. It is never iterated.
 
     Args:
         data_source: The data set.
@@ -508,15 +513,15 @@ class ShareSampler(SequentialSampler, DistributedSampler[Any]):
 
 
 def remade(loader: DataLoader[Any], batch_sampler: GlobalBatchSampler, generator: torch.Generator) -> DataLoader[Any]:
-    """A loader as ``loader``, of its class and with all it has, but with ``batch_sampler`` in it; ``loader`` stays as it is.
+    """Copy a loader, with ``batch_sampler`` in place of its own. The original stays as it is.
 
     Args:
         loader: A loader over a map-style data set.
-        batch_sampler: Yields the indices of its batches.
-        generator: For the seeds of workers, if the loader has none: making an iterator must not draw from the global one.
+        batch_sampler: Yields the indices of the batches.
+        generator: Seeds the workers if the loader has no generator, since an iterator must not draw from the global one.
     """
-    # a copy rather than a call of the constructor: a subclass may take other arguments than DataLoader
+    # a copy, not a call of the constructor: a subclass may take other arguments than DataLoader
     other = copy.copy(loader)
-    given = {"generator": loader.generator or generator, "batch_size": None, "drop_last": False, "_iterator": None}
-    vars(other).update(batch_sampler=batch_sampler, sampler=ShareSampler(loader.dataset), **given)
+    attributes = {"generator": loader.generator or generator, "batch_size": None, "drop_last": False, "_iterator": None}
+    vars(other).update(batch_sampler=batch_sampler, sampler=ShareSampler(loader.dataset), **attributes)
     return other

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_bsl.datasets.image import ImageDataModule, Split
+from lightning_bsl.datasets.image.datamodule import ImageDataModule, Split
 
 
 class Digits(ImageDataModule):

@@ -28,11 +28,11 @@ class _Rows(Dataset[tuple[Tensor, ...]]):
         return len(self.tensors[0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(each[index] for each in self.tensors)
+        return tuple(tensor[index] for tensor in self.tensors)
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
         rows = torch.as_tensor(indices)
-        return tuple(each.index_select(0, rows) for each in self.tensors)
+        return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
 
 def _identity(batch: Any) -> Any:
@@ -101,12 +101,12 @@ class LogisticData(BatchSizeDataModule):
     """
 
     def __init__(self, num_examples: int = 4096, dimension: int = 10, data_seed: int = 0, **arguments: Any) -> None:
-        x, y = (torch.from_numpy(each).float() for each in _logistic(num_examples, dimension, data_seed))
+        x, y = (torch.from_numpy(array).float() for array in _logistic(num_examples, dimension, data_seed))
         super().__init__(_Rows(x, y), collate_fn=_identity, **arguments)
 
 
 def logistic_constants(num_examples: int, dimension: int, data_seed: int, weight_decay: float) -> BoundConstants:
-    """L, sigma^2 and f(0) - f* of `LogisticRegression` on [`LogisticData`][].
+    """L, sigma^2 and f(0) - f* of `LogisticRegression` on [`LogisticData`][lightning_bsl.datasets.LogisticData].
 
     L is the largest eigenvalue of X^T X / (4 n), plus ``weight_decay``: it bounds the Hessian everywhere. sigma^2 is the mean
     of ||x_i||^2, which bounds the variance everywhere: the derivative of the loss by its logit lies in (-1, 1). f* is found by
@@ -125,10 +125,12 @@ def logistic_constants(num_examples: int, dimension: int, data_seed: int, weight
 
     if not weight_decay > 0:
         raise ValueError(f"`weight_decay={weight_decay}` must be above 0: without a penalty there may be no minimum")
-    # as the models get them
-    x, y = (each.astype(np.float32).astype(np.float64) for each in _logistic(num_examples, dimension, data_seed))
-    found = LogisticRegression(C=1 / (num_examples * weight_decay), fit_intercept=False, tol=1e-12, max_iter=10_000).fit(x, y)
-    theta = found.coef_[0]
+    # in the precision that the models get them in
+    x, y = (array.astype(np.float32).astype(np.float64) for array in _logistic(num_examples, dimension, data_seed))
+    regression = LogisticRegression(C=1 / (num_examples * weight_decay), fit_intercept=False, tol=1e-12, max_iter=10_000).fit(
+        x, y
+    )
+    theta = regression.coef_[0]
     logits = x @ theta
     minimum = np.mean(np.logaddexp(0, logits) - y * logits) + weight_decay / 2 * theta @ theta
     smoothness = np.linalg.eigvalsh(x.T @ x)[-1] / (4 * num_examples) + weight_decay

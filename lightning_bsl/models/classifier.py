@@ -16,20 +16,22 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Classifier(LightningModule):
-    """Train a network on ``(images, labels)`` batches; batch size and learning rate are left to the callbacks.
+    """Trains an image classifier on batches ``(images, labels)``. The callbacks set batch size and learning rate.
 
-    Logs ``train/loss`` of every ``log_every_n_steps``-th step and, under that name too, its mean over the epoch; then
-    ``train/accuracy``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy``. Every mean weighs each example
-    alike, however the batches are cut. The means of a training epoch are of the weights as they were at each step;
-    after a resume inside an epoch they cover the rest of it.
+    It logs ``train/loss`` of every ``log_every_n_steps``-th step and, under the same name, its mean over the epoch; also
+    ``train/accuracy``, ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy``. All examples have the same weight
+    in every mean, for any batch sizes. The means of a training epoch use the weights of each step; after a resume inside an
+    epoch they are over the rest of the epoch.
 
     Args:
         net: Maps images ``[batch, C, H, W]`` to logits ``[batch, num_classes]``.
         num_classes: Number of classes.
-        optimizer: Makes the optimizer from the parameters; plain SGD with learning rate 0.1 (P1) by default.
-        loss: Maps logits and labels ``[batch]`` to the batch's **mean** loss; cross-entropy by default.
-        compile: Compile the network, once for all batch sizes. The keys of its ``state_dict`` stay as they are.
-        channels_last: Keep weights and images in channels-last memory order, faster for convolutions on CPUs and recent GPUs.
+        optimizer: Makes the optimizer from the parameters; by default plain SGD with learning rate 0.1, as in Umeda & Iiduka
+            2025 (arXiv 2409.08770).
+        loss: Maps logits and labels ``[batch]`` to the **mean** loss of the batch; by default cross-entropy.
+        compile: Whether to compile the network, once for all batch sizes. The keys of its ``state_dict`` do not change.
+        channels_last: Whether to keep weights and images in channels-last memory order, which makes convolutions faster on CPUs
+            and recent GPUs.
 
     Example:
         >>> from lightning_bsl.models import Classifier, cnn5
@@ -53,10 +55,10 @@ class Classifier(LightningModule):
         self._make_optimizer = optimizer
         self._compile = compile
         self._channels_last = channels_last
-        self._memory_format = torch.contiguous_format  # of the network, until the Trainer configures it
-        # Checks for NaN and for the range of labels would wait for the GPU at every step. In training a mean of hits
-        # stands for the accuracy: the same number as MulticlassAccuracy's, whose update takes 80 us against 30. Losses
-        # are given once for each example because, with "disable", torchmetrics 1.9 ignores the weights.
+        self._memory_format = torch.contiguous_format  # of the network, until `configure_model`
+        # No checks for NaN and for the range of labels: they would wait for the GPU at every step. The training accuracy is a
+        # mean of hits, the same number as MulticlassAccuracy's, whose update takes 80 us instead of 30. The loss is repeated
+        # for each example, because with "disable" torchmetrics 1.9 ignores weights.
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_accuracy = MeanMetric(nan_strategy="disable")
         self.val_loss = MeanMetric(nan_strategy="disable")
@@ -65,7 +67,7 @@ class Classifier(LightningModule):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
     def configure_model(self) -> None:
-        """Set memory order and compilation, before the optimizer is made; harmless when called again."""
+        """Set memory order and compilation, before the optimizer is made. A second call changes nothing."""
         if self._channels_last:
             self._memory_format = torch.channels_last
             self.net.to(memory_format=self._memory_format)
@@ -86,31 +88,31 @@ class Classifier(LightningModule):
         return logits
 
     def full_loss(self, batch: Batch) -> Tensor:
-        """The batch's mean loss, without logging: for what looks at the loss from outside."""
+        """The batch's mean loss, without logging: for measurements such as ``FullGradientNorm``."""
         images, labels = batch
         loss: Tensor = self.loss(self(images), labels)
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the batch's mean loss, and log it where the Trainer's loggers will write it."""
+        """Return the batch's mean loss, and log it at the steps that the Trainer's loggers write."""
         images, labels = batch
         logits = self(images)
         loss: Tensor = self.loss(logits, labels)
         self.train_loss.update(loss.detach().expand(len(labels)))
         self.train_accuracy.update(logits.detach().argmax(dim=1) == labels)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.trainer.global_step + 1) % every == 0:  # the others would be dropped, and log() is slow
+        if every and (self.trainer.global_step + 1) % every == 0:  # other values would be dropped, and log() is slow
             self.log("train/loss", loss, on_step=True, on_epoch=False)
         self._step_loss = loss.detach()
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the last step too: Lightning writes a row when a callback has just stopped the run."""
+        """Log the last step too: Lightning writes a row when a callback stops the run."""
         if self.trainer.should_stop:
             self.log("train/loss", self._step_loss, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means; Lightning resets the metrics after it has read them."""
+        """Log the means of the epoch. Lightning resets the metrics afterwards."""
         self.log("train/loss", self.train_loss)
         self.log("train/accuracy", self.train_accuracy)
 
@@ -140,14 +142,17 @@ class Classifier(LightningModule):
 
 
 def compile_in_place(net: nn.Module) -> None:
-    """Compile a module in place, which leaves the keys of its ``state_dict`` as they are.
+    """Compile a module in place. The keys of its ``state_dict`` do not change.
 
-    As ``net.compile(dynamic=True)``, which has two flaws: in torch 2.4 it leaves a ``Sequential`` uncompiled, and everywhere
-    the compilations of all the modules of a process count towards one limit, beyond which it silently compiles no more.
+    It replaces ``net.compile(dynamic=True)``, which has two flaws. In torch 2.4 it does not compile a ``Sequential``. And the
+    compilations of all modules of a process count towards one limit, above which it silently stops to compile.
+
+    Args:
+        net: The module.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return net._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()  # a copy for this module: compilations are kept, and counted, with the code
+    call.__code__ = call.__code__.replace()  # a copy for this module, since compilations are stored and counted per code object
     net._compiled_call_impl = torch.compile(call, dynamic=True)

@@ -10,9 +10,9 @@ from torch import nn
 def cnn5(in_channels: int = 1, num_classes: int = 10, image_size: int = 28, width: int = 40) -> nn.Module:
     """Build a 5-layer CNN: three 3x3 convolutions, each followed by 2x2 max-pooling and ReLU, and two linear layers.
 
-    The Fashion-MNIST workload of P4 (Li et al., arXiv 2405.14578) is "a 5-layer CNN"; the paper gives no widths. The
-    default one has 0.2M parameters. Without BatchNorm and dropout the loss is a mean over examples, so that neither
-    micro-batches nor evaluation mode change its gradient.
+    Li et al. 2024 (arXiv 2405.14578) train "a 5-layer CNN" on Fashion-MNIST; the paper gives no widths. The default network has
+    0.2M parameters. It has no BatchNorm and no dropout, so its loss is a mean over examples, and neither micro-batches nor
+    evaluation mode change its gradient.
 
     Args:
         in_channels: Channels of an image.
@@ -24,7 +24,7 @@ def cnn5(in_channels: int = 1, num_classes: int = 10, image_size: int = 28, widt
         A module that maps ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``.
 
     Raises:
-        ValueError: If the images are too small for three poolings.
+        ValueError: The images are too small for three poolings.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ def cnn5(in_channels: int = 1, num_classes: int = 10, image_size: int = 28, widt
     channels = [in_channels, width, 2 * width, 2 * width]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(channels):
-        # ReLU last: the same function, for a quarter of the values
+        # ReLU after pooling: the same function, on a quarter of the values
         layers += [nn.Conv2d(fan_in, fan_out, kernel_size=3, padding=1), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
     features = channels[-1] * (image_size // 8) ** 2
     return nn.Sequential(

@@ -1,4 +1,4 @@
-"""GPT-2 of any size, by default that of DistilGPT2."""
+"""GPT-2 of any size, by default DistilGPT2."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ def distilgpt2(
 ) -> nn.Module:
     """Build DistilGPT2 (Sanh et al. 2019), or a smaller GPT-2: the ``GPT2LMHeadModel`` of `transformers`.
 
-    P4 (Li et al., arXiv 2405.14578) trains it on ELI5-Category. As published it has 81,912,576 parameters, those of the
-    embedding, which is the output layer too, counted once.
+    Li et al. 2024 (arXiv 2405.14578) train it on ELI5-Category. The published model has 81,912,576 parameters (the embedding is
+    also the output layer, and is counted once).
 
     Args:
-        vocab_size: Number of tokens that can be told apart.
+        vocab_size: Number of different tokens.
         n_positions: Tokens of the longest sequence.
-        n_layer: Transformer blocks.
+        n_layer: Number of transformer blocks.
         n_embd: Width of the embeddings.
-        n_head: Attention heads; they divide the width.
+        n_head: Number of attention heads; the width must be a multiple of it.
         dropout: Probability of dropout in embeddings, attention and residuals.
-        pretrained: Load the published weights instead of drawing new ones; or those of a folder that ``save_pretrained``
-            wrote.
+        pretrained: ``True`` loads the published weights; a path loads those of a folder that ``save_pretrained`` wrote. By
+            default the weights are new.
 
     Returns:
         A module whose output for tokens ``[batch, length]`` has ``logits`` ``[batch, length, vocab_size]``.
 
     Raises:
         ModuleNotFoundError: The ``text`` extra is not installed.
-        ValueError: A width that the heads do not divide, or pretrained weights of another size.
+        ValueError: A width that is not a multiple of ``n_head``, or pretrained weights of another size.
+        FileNotFoundError: ``pretrained`` is not a folder that ``save_pretrained`` wrote.
         ConnectionError: The published weights are neither in the cache nor reachable.
 
     Example:
@@ -50,31 +51,33 @@ def distilgpt2(
         torch.Size([3, 16, 100])
     """
     if n_embd % n_head:
-        raise ValueError(f"`n_embd={n_embd}` must be a multiple of `n_head={n_head}`: every head has its share of the width")
+        raise ValueError(f"`n_embd={n_embd}` must be a multiple of `n_head={n_head}`: the heads share the width equally")
     transformers = text_library("transformers")
     sizes = {"vocab_size": vocab_size, "n_positions": n_positions, "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
     dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
     if not pretrained:
-        # no token ids of its own: its defaults lie outside a smaller vocabulary
+        # without special tokens: the ids of the default ones are not in a smaller vocabulary
         config = transformers.GPT2Config(**sizes, **dropouts, use_cache=False, bos_token_id=None, eos_token_id=None)
         net: nn.Module = transformers.GPT2LMHeadModel(config)
         return net
     net = _load(transformers, HUB_NAME if pretrained is True else str(pretrained), use_cache=False, **dropouts)
-    found = {name: getattr(net.config, name) for name in sizes}
-    if found != sizes:
-        raise ValueError(f"the pretrained model has {found}, but asked for were {sizes}; write its sizes")
+    actual = {name: getattr(net.config, name) for name in sizes}
+    if actual != sizes:
+        raise ValueError(f"the pretrained model has {actual}, but the arguments are {sizes}; write the sizes of the model")
     return net
 
 
 def _load(transformers: object, name: str, **options: object) -> nn.Module:
     load = transformers.GPT2LMHeadModel.from_pretrained  # type: ignore[attr-defined]
     if name != HUB_NAME and not Path(name).is_dir():
-        raise FileNotFoundError(f"{name} is no folder that `save_pretrained` wrote: it does not exist")
+        raise FileNotFoundError(f"{name} is no folder that `save_pretrained` wrote: it does not exist; write the right path")
     try:
         net: nn.Module = load(name, local_files_only=True, **options)
     except OSError as error:
         if name != HUB_NAME:
             raise FileNotFoundError(f"{name} is no folder that `save_pretrained` wrote: {error}") from error
-        check_reachable(name, "model", "Save it where it can be (`save_pretrained(DIR)`), and write `pretrained=DIR` here")
+        check_reachable(
+            name, "model", "Save it where it is reachable (`save_pretrained(DIR)`), and write `pretrained=DIR` here"
+        )
         net = load(name, **options)
     return net.train()

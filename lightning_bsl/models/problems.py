@@ -1,4 +1,4 @@
-"""LightningModules of problems whose constants are known; their data are in `data.problems`."""
+"""LightningModules of problems whose constants L, sigma^2 and f* are known. Their data are in ``datasets.problems``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class _Problem(LightningModule):
-    """Parameters ``theta`` [d], and a loss of theirs."""
+    """A loss of parameters ``theta`` [d]."""
 
     def __init__(self, theta: Tensor, optimizer: MakeOptimizer | None) -> None:
         super().__init__()
@@ -37,17 +37,17 @@ class _Problem(LightningModule):
 
 
 class NoisyQuadratic(_Problem):
-    """f(theta) = theta^T H theta / 2, each example's loss another by -<xi_i, theta>; f* = 0 at theta = 0.
+    """The quadratic f(theta) = theta^T H theta / 2 with noise: the loss of example i is f(theta) - <xi_i, theta>.
 
-    H is diagonal, its eigenvalues spaced evenly on a logarithmic scale from ``smoothness / condition`` to ``smoothness``. All
-    of them have the same share of the loss at the start.
+    The minimum is f* = 0 at theta = 0. H is diagonal. Its eigenvalues have equal distances on a logarithmic scale, from
+    ``smoothness / condition`` to ``smoothness``. All of them have the same part of the loss at the start.
 
     Args:
-        dimension: d, of theta.
+        dimension: d, the number of parameters.
         smoothness: L, the largest eigenvalue of H.
-        condition: The largest over the smallest.
-        loss_gap: f(theta_0) - f*, which fixes the start theta_0.
-        optimizer: Makes the optimizer from the parameters.
+        condition: The largest eigenvalue divided by the smallest.
+        loss_gap: f(theta_0) - f*, which determines the start theta_0.
+        optimizer: Makes the optimizer from the parameters; by default plain SGD with learning rate 0.1.
 
     Raises:
         ValueError: A ``dimension`` below 1, a ``condition`` below 1, or another argument that is not above 0.
@@ -69,9 +69,9 @@ class NoisyQuadratic(_Problem):
         for name, value, least in (("dimension", dimension, 1), ("condition", condition, 1)):
             if value < least:
                 raise ValueError(f"`{name}={value}` must be {least} or more")
-        for name, given in (("smoothness", smoothness), ("loss_gap", loss_gap)):
-            if not given > 0:
-                raise ValueError(f"`{name}={given}` must be above 0")
+        for name, value in (("smoothness", smoothness), ("loss_gap", loss_gap)):
+            if not value > 0:
+                raise ValueError(f"`{name}={value}` must be above 0")
         eigenvalues = smoothness * torch.logspace(0, -1, dimension, base=condition, dtype=torch.float64)
         super().__init__((2 * loss_gap / dimension / eigenvalues).sqrt().float(), optimizer)
         self.eigenvalues: Tensor
@@ -84,12 +84,12 @@ class NoisyQuadratic(_Problem):
 
 
 class LogisticRegression(_Problem):
-    """Mean logistic loss plus ``weight_decay`` ||theta||^2 / 2, from theta = 0.
+    """The mean logistic loss plus ``weight_decay`` ||theta||^2 / 2, from theta = 0.
 
     Args:
-        dimension: d, of theta and the features.
-        weight_decay: lambda, above 0 for a minimum to exist.
-        optimizer: Makes the optimizer from the parameters.
+        dimension: d, the number of parameters and of features.
+        weight_decay: lambda; above 0, a minimum exists for all data.
+        optimizer: Makes the optimizer from the parameters; by default plain SGD with learning rate 0.1.
 
     Example:
         >>> x, y = torch.ones(4, 3), torch.ones(4)

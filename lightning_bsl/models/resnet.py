@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 
 def resnet18(in_channels: int = 3, num_classes: int = 100, image_size: int = 32) -> nn.Module:
-    """Build torchvision's ResNet-18, with the CIFAR stem for images of up to 64x64 pixels, as P1 trains it.
+    """Build torchvision's ResNet-18, with the CIFAR stem for images of up to 64x64 pixels.
+
+    Umeda & Iiduka 2025 (arXiv 2409.08770) train this network on CIFAR-100.
 
     Args:
         in_channels: Channels of an image.
         num_classes: Number of logits.
-        image_size: Height and width of an image; up to 64 the stem is a 3x3 convolution, stride 1, without max-pooling.
+        image_size: Height and width of an image; up to 64 the stem is a 3x3 convolution of stride 1, without max-pooling.
 
     Returns:
         A module that maps ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``.
@@ -55,7 +57,7 @@ def wide_resnet28_10(
         A module that maps ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``.
 
     Raises:
-        ValueError: If ``depth`` is not ``6 n + 4``, or the images are too small.
+        ValueError: ``depth`` is not ``6 n + 4``, or the images are too small.
 
     Example:
         >>> import torch
@@ -101,7 +103,7 @@ class _WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.activate(x)
-        # A block that changes the width takes its shortcut after the activation, as in the authors' code.
+        # a block that changes the width takes its shortcut after the activation, as in the authors' code
         shortcut: Tensor = x if self.shortcut is None else self.shortcut(active)
         residual: Tensor = self.residual(active)
         return shortcut + residual

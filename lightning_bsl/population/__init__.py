@@ -1,4 +1,4 @@
-"""Thousands of small runs at once: grids of learning rates and batch sizes as of Li et al. 2024, arXiv 2405.14578."""
+"""Grids of batch sizes, learning rates and seeds, trained as replicas of one model (Li et al. 2024, arXiv 2405.14578)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

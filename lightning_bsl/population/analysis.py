@@ -1,4 +1,4 @@
-"""What a grid of batch sizes, learning rates and seeds says of the surge law (P4, arXiv 2405.14578, Section 3.2)."""
+"""What a grid of batch sizes, rates and seeds says of the surge law (Li et al. 2024, arXiv 2405.14578, Section 3.2)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from lightning_bsl.population.best_rates import ENDS, Best, By, Cells, Chosen, best_of, choose, within_steps
+from lightning_bsl import theory
+from lightning_bsl.population.best_rates import ENDS, STATUSES, By, Cells, Chosen, best_of, choose, within_steps
 from lightning_bsl.schedules import NoiseScaling, ScalingRule, SurgeScaling
-from lightning_bsl.theory import CurveFit, TradeoffFit, compare_curves, fit_noise_batch_size, fit_peak_lr, lr_curve
-from lightning_bsl.theory.surge import Estimate
 
 if TYPE_CHECKING:
     from lightning_bsl.population import Outcome  # loads torch
@@ -23,34 +23,22 @@ Word = Literal["falls", "does not fall", "undecided", "cannot be judged"]
 T = TypeVar("T")
 
 ABOVE = 3  # batch sizes above B_noise that a slope is taken of
+DECIDES = 2.0  # a smaller difference of AICc decides nothing
 
 
 class Curve(NamedTuple):
-    """A curve with its peak as P4 takes it: B_noise is that of the steps.
-
-    Attributes:
-        name: As of `compare_curves`.
-        rule: The curve.
-        peak: eta_max.
-        r2: R^2 of log(lr).
-    """
+    """A curve of `compare_curves` with its peak, eta_max, as the paper takes it: B_noise is that of the steps."""
 
     name: str
     rule: ScalingRule
-    peak: Estimate
+    peak: theory.Estimate
     r2: float
 
 
 class Verdict(NamedTuple):
-    """Whether the best rate falls beyond B_noise.
+    """Whether the best rate falls beyond B_noise: the slope of log(best rate) against log B over the batch sizes above it.
 
-    Attributes:
-        word: The answer.
-        slope: Of log(best rate) against log B over the batch sizes above B_noise; nan where it is not judged.
-        low: Lower end of its interval, over seeds and within the steps of the grid of rates.
-        high: Upper end.
-        law: The slope of the surge law over the same batch sizes.
-        batch_sizes: Those.
+    Its interval is over seeds and within the steps of the grid of rates; ``law`` is the slope of the surge law.
     """
 
     word: Word
@@ -61,25 +49,37 @@ class Verdict(NamedTuple):
     batch_sizes: tuple[int, ...] = ()
 
 
+class Settings(NamedTuple):
+    """Of the surge law: eta_max and B_noise, and whether the steps gave them, as in the paper, or the rates alone."""
+
+    peak_lr: float
+    noise_batch_size: float
+    from_steps: bool
+
+
 @dataclass(frozen=True)
 class Surge:
-    """What a grid says for one target. In place of a fit that cannot be made stands the reason.
+    """What a grid says for one target.
 
     Args:
         target: The loss to reach.
         extra_steps: Over which the drop of the loss was measured.
-        lrs: All rates, the columns of ``scores``.
         by: What makes a rate the best.
-        scores: Mean drop of the loss for each batch size and rate, or 1 / mean steps; nan where fewer than half of the seeds
-            reached the target.
+        lrs: All rates, the columns of ``scores``.
+        scores: For each batch size and rate the mean drop of the loss, or 1 / mean steps; nan where too few seeds got there.
         tried: Whether there are replicas, in the same shape.
-        best: For each batch size.
+        best: A line for each batch size: its best rate ``lr`` of those at which half of the seeds or more reached the target,
+            nan without one; the ends ``low`` and ``high`` of its interval over seeds, nan for a single seed; ``edge``, "lowest"
+            or "highest" where nothing beyond it was tried or reached the target, so that it is a bound, else empty; with it the
+            mean ``loss_drop``, ``steps`` S and ``examples`` E = S B of the ``seeds_reached`` of all ``seeds``; the replicas of
+            all rates by status; and whether it is ``fitted``: a rate, and no bound.
         lacking: Replicas that are there, and that the whole grid has, of each batch size that lacks some.
-        tradeoff: B_noise, S_min and E_min from the steps.
+        tradeoff: B_noise, S_min and E_min from the steps; ``None`` where they give none.
         line: The same by the paper's line.
         resampled: B_noise over resamples of the seeds: the ends of its interval, and the share that had none.
-        curves: Curves of that B_noise.
+        curves: Curves of that B_noise; empty where the rates give none.
         free: Curves that are free to take any.
+        reasons: Why ``tradeoff``, ``line``, ``curves`` or ``free`` is missing.
         verdict: Whether the best rate falls beyond B_noise.
     """
 
@@ -89,27 +89,50 @@ class Surge:
     lrs: NDArray[np.float64]
     scores: NDArray[np.float64]
     tried: NDArray[np.bool_]
-    best: list[Best]
+    best: Any
     lacking: dict[int, tuple[int, int]]
-    tradeoff: TradeoffFit | str
-    line: TradeoffFit | str
+    tradeoff: theory.TradeoffFit | None
+    line: theory.TradeoffFit | None
     resampled: tuple[float, float, float]
-    curves: list[Curve] | str
-    free: list[CurveFit] | str
+    curves: list[Curve]
+    free: list[theory.CurveFit]
+    reasons: dict[str, str]
     verdict: Verdict
 
     @property
-    def measured(self) -> list[Best]:
-        """The batch sizes whose best rate is no bound: those of the fits."""
-        return [each for each in self.best if each.measured]
+    def counts(self) -> dict[str, int]:
+        """Replicas of all batch sizes, by status."""
+        return {status: int(self.best[f"replicas_{status}"].sum()) for status in STATUSES}
+
+    @property
+    def free_surge(self) -> SurgeScaling | None:
+        """The surge law as it fits the rates alone."""
+        return next((curve.rule for curve in self.free if isinstance(curve.rule, SurgeScaling)), None)
+
+    @property
+    def free_peak_is_inside(self) -> bool:
+        """Whether that law peaks between the batch sizes: a peak outside of what was measured is none that the rates have."""
+        sizes, rule = self.best["batch_size"][self.best["fitted"] == 1], self.free_surge
+        return rule is not None and bool(sizes.min() <= rule.noise_batch_size <= sizes.max())
+
+    @property
+    def settings(self) -> Settings | None:
+        """The settings of the surge law; ``None`` where neither the steps nor the rates give any."""
+        rule: Any = self.curves[0].rule if self.curves else self.free_surge if self.free_peak_is_inside else None
+        return rule and Settings(rule.peak_lr, rule.noise_batch_size, bool(self.curves))
 
 
-class Settings(NamedTuple):
-    """Of the surge law: eta_max and B_noise, and whether the steps gave them (P4), or the rates alone."""
+class Fitted(NamedTuple):
+    """A number that was fitted, with its interval, and the fit; the target is nan where it was fitted over all of them."""
 
-    peak_lr: float
-    noise_batch_size: float
-    from_steps: bool
+    target: float
+    what: str
+    fit: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    r2: float = math.nan
+    aicc: float = math.nan
 
 
 def analyse_surge(
@@ -124,10 +147,10 @@ def analyse_surge(
     """Best rates, B_noise and curves of a grid, for each target loss.
 
     The best rate of a batch size is that of the largest mean drop of the loss, of those at which half of the seeds or more
-    reached the target (P4); or that of the fewest mean steps, which few seeds tell apart more easily: a replica reaches its
-    target where the loss happens to be low, and with small batches the way back up hides the drop. Intervals are percentiles
-    over resamples of the seeds, the same for all batch sizes. Rates with fewer seeds than others of the same batch size are
-    left out: the fastest replicas of a pass are there first. Best rates that are bounds are left out of all fits.
+    reached the target, as in the paper; or that of the fewest mean steps, which few seeds tell apart more easily: a replica
+    reaches its target where the loss happens to be low, and with small batches the way back up hides the drop. Intervals are
+    percentiles over resamples of the seeds, the same for all batch sizes. Rates with fewer seeds than others of the same batch
+    size are left out: the fastest replicas of a pass are there first. Best rates that are bounds are left out of all fits.
 
     Args:
         outcomes: Of the replicas, as of `read_outcomes`.
@@ -153,65 +176,77 @@ def analyse_surge(
         ...         drop = 1 - (lr / rule(batch_size) - 1) ** 2
         ...         outcomes.append(Outcome(0, batch_size, lr, 0.5, "reached", steps, steps * batch_size, 0.5, 10, drop))
         >>> (surge,) = analyse_surge(outcomes)
-        >>> [best.lr for best in surge.best], round(surge.tradeoff.noise_batch_size.value)
+        >>> surge.best["lr"].tolist(), round(surge.tradeoff.noise_batch_size.value)
         ([0.0028, 0.0038, 0.0038, 0.0028], 32)
     """
-    known = {each.target for each in outcomes}
+    known = {outcome.target for outcome in outcomes}
     if not outcomes or (unknown := set(targets) - known):
         raise ValueError(f"no outcomes of {f'the target {min(unknown)}' if outcomes else 'any target'}")
-    if len(extra := {each.extra_steps for each in outcomes}) > 1:
+    if len(extra := {outcome.extra_steps for outcome in outcomes}) > 1:
         raise ValueError(f"drops of the loss over {sorted(extra)} steps cannot be compared: keep one")
-    if not all(each.batch_size > 0 and 0 < each.lr < math.inf for each in outcomes):
+    if not all(outcome.batch_size > 0 and 0 < outcome.lr < math.inf for outcome in outcomes):
         raise ValueError("batch sizes and learning rates must be above 0")
-    seeds = sorted({each.seed for each in outcomes})
+    seeds = sorted({outcome.seed for outcome in outcomes})
     draws = np.random.default_rng(seed).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples)
-    results = []
-    for target in sorted(targets or known, reverse=True):
-        of = [each for each in outcomes if each.target == target]
-        results.append(_analyse(target, Cells(of, seeds, by), of, draws, fits, np.random.default_rng(seed + 1)))
-    return results
+    cells = {
+        target: Cells([outcome for outcome in outcomes if outcome.target == target], seeds, by)
+        for target in sorted(targets or known, reverse=True)
+    }
+    return [
+        _analyse(target, of, outcomes[0].extra_steps, draws, fits, np.random.default_rng(seed + 1))
+        for target, of in cells.items()
+    ]
 
 
-def surge_settings(surge: Surge) -> Settings | None:
-    """The settings of the surge law for a target; ``None`` where neither its steps nor its rates give any.
-
-    Args:
-        surge: Of the target.
-    """
-    if not isinstance(surge.curves, str):
-        rule = surge.curves[0].rule
-        assert isinstance(rule, SurgeScaling)
-        return Settings(rule.peak_lr, rule.noise_batch_size, True)
-    sizes = [each.batch_size for each in surge.measured]
-    for each in surge.free if not isinstance(surge.free, str) else []:
-        # a peak outside of what was measured is none that the rates have
-        if isinstance(each.rule, SurgeScaling) and min(sizes) <= each.rule.noise_batch_size <= max(sizes):
-            return Settings(each.rule.peak_lr, each.rule.noise_batch_size, False)
-    return None
+def noise_against_loss(surges: Sequence[Surge]) -> theory.CriticalBatchFit | str:
+    """The power law of B_noise against the loss, or why there is none."""
+    known = [(of.target, of.tradeoff.noise_batch_size.value) for of in surges if of.tradeoff]
+    reasons: dict[str, str] = {}
+    if len(known) < 3:
+        return f"{len(known)} losses have a B_noise: a power law needs three"
+    return _fit(reasons, "law", lambda: theory.fit_critical_batch_size(*zip(*known))) or reasons["law"]
 
 
-# --- fits
+def fitted_numbers(surges: Sequence[Surge]) -> list[Fitted]:
+    """All numbers that were fitted."""
+    numbers = []
+    for of in surges:
+        add = partial(Fitted, of.target)
+        for name, fit in (("log", of.tradeoff), ("line", of.line)):
+            for what in ("noise_batch_size", "min_steps", "min_examples") if fit else ():
+                numbers.append(add(what, name, *_ends(getattr(fit, what))))
+        if of.tradeoff:
+            noise = of.tradeoff.noise_batch_size.value
+            numbers.append(add("noise_batch_size", "log, seeds resampled", noise, *of.resampled[:2]))
+        numbers += [add("peak_lr", curve.name, *_ends(curve.peak), curve.r2) for curve in of.curves]
+        for free in of.free:
+            for what in ("peak_lr", "noise_batch_size"):  # linear and square-root scaling have neither
+                value = getattr(free.rule, what, math.nan)
+                numbers.append(add(what, f"{free.name}, free", value, r2=free.r2, aicc=free.aicc))
+        numbers.append(add("slope_above_noise", of.verdict.word, *of.verdict[1:4]))
+    law = noise_against_loss(surges)
+    parameters = {} if isinstance(law, str) else law._asdict()
+    return numbers + [Fitted(math.nan, f"critical_{name}", "log", *_ends(of)) for name, of in parameters.items()]
+
+
+def _ends(estimate: theory.Estimate) -> tuple[float, float, float]:
+    return estimate.value, estimate.low, estimate.high
 
 
 def _analyse(
-    target: float,
-    cells: Cells,
-    outcomes: Sequence[Outcome],
-    draws: NDArray[np.int64],
-    fits: int,
-    random: np.random.Generator,
+    target: float, cells: Cells, extra_steps: int, draws: NDArray[np.int64], fits: int, random: np.random.Generator
 ) -> Surge:
     seeds = cells.there.shape[1]
     once, drawn = choose(cells, np.ones((1, seeds), dtype=np.int64)), choose(cells, draws)
-    best = [best_of(cells, i, once, drawn, outcomes) for i in range(len(cells.sizes))]
-    used = [i for i, each in enumerate(best) if each.measured]
-    sizes, lrs = np.array([best[i].batch_size for i in used]), np.array([best[i].lr for i in used])
-    steps, examples = (np.array([getattr(best[i], name) for i in used]) for name in ("steps", "examples"))
-    tradeoff = _or_reason(lambda: fit_noise_batch_size(steps, examples))
+    best = pd.DataFrame([best_of(cells, i, once, drawn) for i in range(len(cells.sizes))])
+    used = (best["fitted"] == 1).to_numpy()
+    sizes, lrs, steps, examples = best.loc[used, ["batch_size", "lr", "steps", "examples"]].to_numpy().T
     whole, number = seeds * len(cells.lrs), cells.there.sum(axis=(1, 2)).astype(int).tolist()
+    reasons: dict[str, str] = {}
+    tradeoff = _fit(reasons, "tradeoff", lambda: theory.fit_noise_batch_size(steps, examples))
     return Surge(
         target,
-        outcomes[0].extra_steps,
+        extra_steps,
         cells.by,
         np.array(cells.lrs),
         np.where(np.isfinite(once.scores[:, 0]), once.scores[:, 0], math.nan),
@@ -219,84 +254,78 @@ def _analyse(
         best,
         {size: (here, whole) for size, here in zip(cells.sizes, number) if here < whole},
         tradeoff,
-        _or_reason(lambda: fit_noise_batch_size(steps, examples, method="line")),
-        _resampled(tradeoff, sizes, drawn.steps[used], drawn.found[used], fits if seeds > 1 else 0),
-        tradeoff if isinstance(tradeoff, str) else _or_reason(lambda: _curves(sizes, lrs, tradeoff)),
-        _or_reason(lambda: compare_curves(sizes, lrs)),
+        _fit(reasons, "line", lambda: theory.fit_noise_batch_size(steps, examples, method="line")),
+        _resampled(sizes, drawn.steps[used], drawn.found[used], fits if tradeoff and seeds > 1 else 0),
+        (_fit(reasons, "curves", lambda: _curves(sizes, lrs, tradeoff)) if tradeoff else None) or [],
+        _fit(reasons, "free", lambda: theory.compare_curves(sizes, lrs)) or [],
+        reasons,
         _judge(cells, best, once, drawn, tradeoff, random),
     )
 
 
-def _or_reason(fit: Callable[[], T]) -> T | str:
+def _fit(reasons: dict[str, str], name: str, fit: Callable[[], T]) -> T | None:
+    """A fit; where it cannot be made, nothing, and the reason under its name."""
     try:
         return fit()
     except (ValueError, ArithmeticError) as error:
-        return str(error)
+        reasons[name] = str(error)
+        return None
 
 
 def _resampled(
-    tradeoff: TradeoffFit | str, sizes: NDArray[np.int64], steps: NDArray[np.float64], found: NDArray[np.bool_], most: int
+    sizes: NDArray[np.float64], steps: NDArray[np.float64], found: NDArray[np.bool_], most: int
 ) -> tuple[float, float, float]:
     """B_noise over resamples of the seeds."""
-    if isinstance(tradeoff, str) or not most:
-        return math.nan, math.nan, math.nan
-    fits = [_or_reason(partial(fit_noise_batch_size, s, s * sizes)) for s in steps[:, found.all(axis=0)].T[:most]]
-    values = [fit.noise_batch_size.value for fit in fits if not isinstance(fit, str)]
-    if not values:
-        return math.nan, math.nan, 1.0
-    low, high = np.quantile(values, ENDS)
-    return float(low), float(high), 1 - len(values) / len(fits)
+    resamples = steps[:, found.all(axis=0)].T[:most]
+    fits = [_fit({}, "tradeoff", partial(theory.fit_noise_batch_size, row, row * sizes)) for row in resamples]
+    values = [fit.noise_batch_size.value for fit in fits if fit]
+    low, high = np.quantile(values, ENDS) if values else (math.nan, math.nan)
+    return float(low), float(high), 1 - len(values) / len(fits) if fits else math.nan
 
 
-def _curves(sizes: NDArray[np.int64], lrs: NDArray[np.float64], tradeoff: TradeoffFit) -> list[Curve]:
+def _curves(sizes: NDArray[np.float64], lrs: NDArray[np.float64], tradeoff: theory.TradeoffFit) -> list[Curve]:
     noise, total = tradeoff.noise_batch_size.value, float(np.log(lrs).var())
     curves = []
     for name, alpha in (("surge", None), ("alpha=1", 1.0), ("alpha=0.5", 0.5)):
-        peak = fit_peak_lr(sizes, lrs, tradeoff, alpha=alpha)
+        peak = theory.fit_peak_lr(sizes, lrs, tradeoff, alpha=alpha)
         rule = SurgeScaling(peak.value, noise) if alpha is None else NoiseScaling(peak.value, noise, alpha)
-        squares = float(np.mean(np.log(lrs / lr_curve(rule, sizes)) ** 2))
+        squares = float(np.mean(np.log(lrs / theory.lr_curve(rule, sizes)) ** 2))
         curves.append(Curve(name, rule, peak, 1 - squares / total if total else math.nan))
     return curves
 
 
 def _judge(
-    cells: Cells,
-    best_rates: Sequence[Best],
-    once: Chosen,
-    drawn: Chosen,
-    tradeoff: TradeoffFit | str,
-    random: np.random.Generator,
+    cells: Cells, best: Any, once: Chosen, drawn: Chosen, tradeoff: theory.TradeoffFit | None, random: np.random.Generator
 ) -> Verdict:
     """The slope of the best rates above B_noise, and its interval.
 
     Not the ratio to the peak: whichever of several noisy rates is the largest, the others lie below it.
     """
-    if isinstance(tradeoff, str):
+    if tradeoff is None:
         return Verdict("cannot be judged")
     noise = tradeoff.noise_batch_size.value
-    above = [i for i, each in enumerate(best_rates) if each.measured and each.batch_size > noise]
-    sizes = tuple(cells.sizes[i] for i in above)
+    beyond = best[best["batch_size"] > noise]
+    above = beyond.index[beyond["fitted"] == 1]
+    sizes = tuple(beyond["batch_size"][above].tolist())
     if len(above) < ABOVE:
         return Verdict("cannot be judged", batch_sizes=sizes)
     x = np.log(sizes)
     x -= x.mean()
-
-    def slope(log_lrs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(x @ log_lrs / (x @ x))
-
     logs = np.log(cells.lrs)
-    best, law = (
-        float(slope(values)) for values in (logs[once.place[above, 0]], np.log(lr_curve(SurgeScaling(1.0, noise), sizes)))
-    )
+
+    def slope(log_lrs: NDArray[np.float64]) -> Any:
+        return x @ log_lrs / (x @ x)
+
+    ours, law = float(slope(logs[once.place[above, 0]])), float(slope(np.log(theory.lr_curve(SurgeScaling(1.0, noise), sizes))))
     kept = drawn.found[above].all(axis=0)
     if len(cells.there[0]) < 2 or not kept.any():
-        return Verdict("undecided", best, -math.inf, math.inf, law, sizes)
+        return Verdict("undecided", ours, -math.inf, math.inf, law, sizes)
     # the best rate is known to half a step of the grid, whatever the seeds say
     rows = [within_steps(logs, cells.whole[i], drawn.place[i, kept], random) for i in above]
     low, high = (float(end) for end in np.quantile(slope(np.stack(rows)), ENDS))
     word: Word = "falls" if high < 0 else "does not fall" if low >= 0 or low > law else "undecided"
     # what is left out as a bound may speak against it: the best may have fallen below the rates, or risen above them
     against = {"falls": "highest", "does not fall": "lowest"}.get(word)
-    if any(each.edge == against for each in best_rates if each.batch_size > noise):
+    if against in set(beyond["edge"]):
         word = "undecided"
-    return Verdict(word, best, low, high, law, sizes)
+    return Verdict(word, ours, low, high, law, sizes)

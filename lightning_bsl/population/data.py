@@ -1,4 +1,4 @@
-"""The batches of a population: every seed's own order of the examples, side by side."""
+"""The batches of a population: one batch for each seed, in the seed's own order of the examples."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning_bsl.schedules import Progress
 
 
 class PopulationSampler(Sampler[list[int]]):
-    """The indices of a step of every seed, one after the other: S times B of them.
+    """A batch sampler for S seeds: it yields the S * B indices of one step of all seeds.
 
-    Each seed walks through the data as `GlobalBatchSampler` does with that seed, epoch by epoch, without an end.
+    The order of each seed is that of a ``GlobalBatchSampler`` with this seed, epoch after epoch, without end.
 
     Args:
         num_examples: Examples of the data set.
-        seeds: One for each order.
+        seeds: The S seeds of the orders.
         batch_size: B, examples of a step.
-        samples_per_epoch: As of `GlobalBatchSampler`.
-        shuffle: As of `GlobalBatchSampler`.
-        start: Steps that are done already.
+        samples_per_epoch: The same as for ``GlobalBatchSampler``.
+        shuffle: The same as for ``GlobalBatchSampler``.
+        start: Number of steps that are done already.
 
     Example:
         >>> step = next(iter(PopulationSampler(10, seeds=[0, 1], batch_size=3)))
@@ -53,7 +53,7 @@ class PopulationSampler(Sampler[list[int]]):
         self.start = start
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The indices, step by step."""
+        """Yield the indices, step by step."""
         examples, batch_size = self._options["samples_per_epoch"] or self._arguments[0], self._arguments[1]
         first, skipped = divmod(self.start, -(-examples // batch_size))
         for epoch in count(first):
@@ -70,15 +70,15 @@ class PopulationData(LightningDataModule):
     """The training set of another DataModule, in batches ``[S, B, ...]`` for S seeds.
 
     Args:
-        datamodule: Holds the training set and makes a batch fit for the model (``collate_fn``,
-            ``on_after_batch_transfer``). It is set up here if it is not yet.
-        seeds: Of the orders; those of the population's replicas.
-        batch_size: B.
-        probe: Examples on which losses are compared with their targets, the same for all.
+        datamodule: Has the training set, and prepares batches for the model (``collate_fn``, ``on_after_batch_transfer``). It
+            is set up here if it is not yet.
+        seeds: Seeds of the orders: those of the population's replicas.
+        batch_size: B, examples of a step.
+        probe: Number of examples of the probe. On the probe losses are compared with their targets; all replicas have the same.
 
     Raises:
-        ValueError: A batch or a probe larger than an epoch's examples, or images that would be augmented: random numbers
-            for each replica are not drawn.
+        ValueError: A batch or a probe larger than the examples of an epoch; a DataModule that augments images, since the
+            replicas would not get their own random numbers.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -98,15 +98,18 @@ class PopulationData(LightningDataModule):
             if not 1 <= value <= most:
                 raise ValueError(f"`{name}={value}` must lie between 1 and the {most} examples of an epoch")
         if getattr(datamodule, "augment", False):
-            raise ValueError("the replicas of a population train without augmentation: write `data.augment=false`")
+            raise ValueError(
+                "`augment=True`: the replicas of a population train without augmentation: write `augment=False` "
+                "(`data.augment=false` on the command line)"
+            )
         self._inner = datamodule
         self.seeds = list(seeds)
         self.batch_size = batch_size
         self.probe_size = probe
-        self.start = 0  # steps done before, set by the population that is resumed
+        self.start = 0  # steps done before; a resumed population sets it
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training loader: a step of every seed at a time, without an end."""
+        """The training loader: each batch is one step of all seeds, without end."""
         inner = self._inner
         sampler = PopulationSampler(
             inner.num_train_examples,
@@ -119,12 +122,12 @@ class PopulationData(LightningDataModule):
         return DataLoader(inner.train_set, batch_sampler=sampler, collate_fn=inner.collate_fn, pin_memory=inner.pin_memory)  # type: ignore[arg-type]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn what the data set gives for S B examples into what the model takes, ``[S, B, ...]``."""
+        """Turn a batch of S * B examples into tensors ``[S, B, ...]``, as the model takes them."""
         batch = to_precision(self, self._inner.on_after_batch_transfer(batch, dataloader_idx))
         return tree_map(lambda leaf: leaf.unflatten(0, (len(self.seeds), -1)) if isinstance(leaf, Tensor) else leaf, batch)
 
     def probe(self) -> Any:
-        """A batch of the examples on which losses are compared, on the CPU."""
+        """A batch of the examples of the probe, on the CPU."""
         inner = self._inner
         chosen = torch.randperm(inner.num_train_examples, generator=epoch_generator(0, 0, stream=2))[: self.probe_size]
         loader = DataLoader(inner.train_set, batch_sampler=[chosen.tolist()], collate_fn=inner.collate_fn)  # type: ignore[arg-type]

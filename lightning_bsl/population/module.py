@@ -1,4 +1,4 @@
-"""Many replicas of one model, trained as one."""
+"""Many replicas of one model, trained together as one LightningModule."""
 
 from __future__ import annotations
 
@@ -21,26 +21,33 @@ from lightning_bsl.population.optimizer import PopulationAdam
 
 Status = Literal["reached", "not_reached", "diverged"]
 
-_FIRST_CHECK = 10  # steps; then whenever they have grown by _CHECK, so that S is as exact for every rate and batch size
+# The first check of the probe is after _FIRST_CHECK steps, the next ones each time that the steps have grown by _CHECK. So S
+# has the same relative error for all learning rates and batch sizes.
+_FIRST_CHECK = 10
 _CHECK = 0.05
-_MEMORY = 64  # examples over which the running loss is a mean; it only says who need not be checked yet
+# A replica is not checked while its running loss, a mean over about _MEMORY examples, is above _FAR times the target.
+_MEMORY = 64
 _FAR = 1.3
 
 
 class Outcome(NamedTuple):
-    """What one replica did towards one target: a row of ``replicas.csv``.
+    """The result of one replica for one target: a row of ``replicas.csv``.
 
     Attributes:
-        seed: Of its initialisation and of the order of its examples.
+        seed: Seed of the initialisation and of the order of the examples.
         batch_size: B, in examples.
         lr: Learning rate.
         target: Target loss.
-        status: Whether it was reached; ``diverged`` if the loss was no finite number at some check before all was measured.
-        steps: S, optimizer steps to the target; those that were done, where it was not reached.
+        status: ``"reached"``, ``"not_reached"``, or ``"diverged"`` if the loss was not finite at a check before the end.
+        steps: S, optimizer steps until the target; if it was not reached, all steps.
         examples: E = S B.
-        loss: Loss of the probe after ``steps``.
-        extra_steps: Steps after the target was reached.
-        loss_drop: How much the loss of the probe fell in them; ``nan`` unless reached.
+        loss: Loss on the probe after ``steps``.
+        extra_steps: Number of steps after the target over which the drop of the loss is measured.
+        loss_drop: Drop of the loss on the probe in the extra steps; NaN unless reached.
+
+    Example:
+        >>> Outcome(0, 8, 0.01, 2.0, "reached", 50, 400, 1.98, 10, 0.1).status
+        'reached'
     """
 
     seed: int
@@ -59,9 +66,10 @@ class Outcome(NamedTuple):
 class _Replica:
     seed: int
     lr: float
-    row: int  # of its seed in a batch
-    reached: int = 0  # targets
-    pending: list[tuple[float, int, float]] = field(default_factory=list)  # target, S, loss: its extra steps are not done
+    row: int  # index of its seed in a batch
+    reached: int = 0  # number of targets
+    # (target, S, loss) of targets whose extra steps are not done yet
+    pending: list[tuple[float, int, float]] = field(default_factory=list)
     outcomes: list[tuple[Any, ...]] = field(default_factory=list)
 
 
@@ -72,15 +80,15 @@ class Loss(nn.Module):
         module: The LightningModule.
 
     Raises:
-        TypeError: It has no such method.
+        TypeError: The module has no method ``full_loss``.
     """
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
         if not callable(getattr(module, "full_loss", None)):
             raise TypeError(
-                f"{type(module).__name__} has no `full_loss(batch)`: give it that method, which returns the mean loss of a "
-                "batch and neither logs nor updates metrics"
+                f"{type(module).__name__} has no `full_loss(batch)`: give it this method; it must return the mean loss of a "
+                "batch, and neither log nor update metrics"
             )
         self.module = module
 
@@ -91,36 +99,39 @@ class Loss(nn.Module):
 
 
 class Population(LightningModule):
-    """Trains R replicas (seed x learning rate) of one model, stacked: one forward pass, one backward pass, one Adam.
+    """Trains R replicas (pairs of a seed and a learning rate) of one model together, with stacked parameters and one Adam.
 
-    Every replica has its own initialisation, order of examples, learning rate and end: it trains until its loss on the
-    probe of `PopulationData` has reached every target, then ``extra_steps`` more, and leaves. It equals the same run
-    trained alone, up to the rounding of sums taken in another order. A loss that is no number stays in its replica.
+    Every replica has its own initialisation, order of examples, learning rate and end. It trains until its loss on the probe of
+    [`PopulationData`][lightning_bsl.population.PopulationData] has reached all targets, and ``extra_steps`` steps more; then it
+    is removed. It is the same run as if it trained alone, up to the rounding of sums in another order. A loss that is not
+    finite does not affect other replicas.
 
-    The probe is checked after 10 steps and whenever the steps have grown by 5%, so S is rounded up by 5% at most, alike
-    for all. A replica whose training loss, as a running mean, lies above 1.3 times the target is not checked.
+    The probe is checked after 10 steps, and each time that the number of steps has grown by 5%. So S is at most 5% too large,
+    for all replicas alike. A replica is not checked while the running mean of its training loss is above 1.3 times the target.
 
-    BatchNorm normalises by the statistics of the batch, in the probe too: running statistics are not kept. Dropout draws for
-    each replica anew. Networks with other buffers that change while training are not supported. Replicas of one learning
-    rate should be neighbours: they are updated at once.
+    BatchNorm uses the statistics of the batch, for the probe too; there are no running statistics. Dropout masks differ between
+    the replicas. Networks with other buffers that change in training are not supported. Put replicas of the same learning rate
+    next to each other, since they are updated together.
 
     Args:
-        make: Makes the model of a seed: a LightningModule with ``full_loss(batch)``, the mean loss of a batch, computed
-            from tensors alone (no logging, no metrics, no branches on values). Where that is a mean over something else
-            than examples, ``loss_terms(batch)`` says over how many; the losses of the steps count by it in the running mean.
-        replicas: Seed and learning rate of each.
-        batch_size: B.
-        targets: Losses to reach, any order.
-        max_steps: Where to give up.
-        extra_steps: Steps after each target over which the drop of the loss is measured; P4 takes 10 and 50.
-        betas: Of Adam; (0, 0) is the sign of the gradient.
-        eps: Of Adam.
-        on_end: Called with the outcomes of each replica that leaves, one for each target.
+        make: Makes the model of a seed: a LightningModule with a method ``full_loss(batch)``, which returns the mean loss of a
+            batch, computed from tensors alone (no logging, no metrics, no branches on values). If this is a mean over something
+            else than examples, the method ``loss_terms(batch)`` must return the number of terms; it is the weight of a step in
+            the running mean.
+        replicas: Pairs (seed, learning rate).
+        batch_size: B, in examples.
+        targets: Losses to reach, in any order.
+        max_steps: Number of steps after which a replica stops.
+        extra_steps: Steps after each target over which the drop of the loss is measured; 10 and 50 in Li et al. 2024 (arXiv
+            2405.14578).
+        betas: The betas of Adam; with (0, 0) the update is the sign of the gradient.
+        eps: The eps of Adam.
+        on_end: Called with the outcomes of each replica that is done, one for each target.
 
     Raises:
         TypeError: A model without ``full_loss``.
-        ValueError: No replicas, no targets, counts below 1; precision 16-mixed, whose scaler ties replicas together; while
-            training, a batch without loss terms.
+        ValueError: No replicas, no targets, or a number below 1. At the start of a fit: precision 16-mixed, gradient clipping,
+            several processes, or other data than a matching ``PopulationData``. While training: a batch without loss terms.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -165,40 +176,41 @@ class Population(LightningModule):
         self.betas = betas
         self.eps = eps
         self.steps = 0
-        self._terms = 0.0  # of an example, summed over the steps
+        self._terms = 0.0  # terms per example, summed over the steps
         self._next_check = min(_FIRST_CHECK, max_steps)
         self._on_end = on_end
 
         initial = []
         for seed in seeds:
             loss = Loss(make(seed))
-            replace_all_batch_norm_modules_(loss)  # vmap cannot update running statistics
+            replace_all_batch_norm_modules_(loss)  # without running statistics, which vmap cannot update
             initial.append(dict(loss.named_parameters()))
-        self._model: tuple[Loss] = (loss,)  # in a tuple: it is no part of this module, whose parameters are the stacked ones
+        self._model: tuple[Loss] = (loss,)  # in a tuple, so that its parameters are not parameters of this module
         self.names = list(initial[0])
         self.stacked = nn.ParameterList(
-            nn.Parameter(torch.stack([initial[each.row][name].detach() for each in self.replicas]), like.requires_grad)
+            nn.Parameter(torch.stack([initial[replica.row][name].detach() for replica in self.replicas]), like.requires_grad)
             for name, like in initial[0].items()
         )
         self.running_loss: Tensor
         self.rows: Tensor
         self.register_buffer("running_loss", torch.full((len(self.replicas),), math.nan), persistent=False)
-        self.register_buffer("rows", torch.tensor([each.row for each in self.replicas]), persistent=False)
+        self.register_buffer("rows", torch.tensor([replica.row for replica in self.replicas]), persistent=False)
 
     def configure_optimizers(self) -> PopulationAdam:
         """Make the Adam of all replicas."""
-        lr = torch.tensor([each.lr for each in self.replicas], dtype=torch.float64)
-        return PopulationAdam([each for each in self.stacked if each.requires_grad], lr, self.betas, self.eps)
+        lr = torch.tensor([replica.lr for replica in self.replicas], dtype=torch.float64)
+        return PopulationAdam([weights for weights in self.stacked if weights.requires_grad], lr, self.betas, self.eps)
 
     def on_fit_start(self) -> None:
-        """Refuse what ties the replicas together."""
+        """Refuse settings with which replicas would affect each other, and other data."""
         if self.trainer.precision == "16-mixed":
             raise ValueError(
-                'precision "16-mixed" skips a step of all replicas where one overflows; write "bf16-mixed" or "32-true"'
+                'precision "16-mixed" skips a step of all replicas if one of them overflows; write "bf16-mixed" or "32-true"'
             )
         if self.trainer.gradient_clip_val is not None:
             raise ValueError(
-                "gradient_clip_val would clip the gradients of all replicas together; write gradient_clip_val=None"
+                f"gradient_clip_val={self.trainer.gradient_clip_val} would clip the gradients of all replicas together; write "
+                "gradient_clip_val=None"
             )
         if self.trainer.world_size > 1:
             raise ValueError(f"{self.trainer.world_size} processes: a population trains on one device; write devices=1")
@@ -208,32 +220,33 @@ class Population(LightningModule):
         self._probe = tree_map(lambda leaf: leaf.to(self.device), data.probe())
 
     def losses(self, batch: Any, replicas: Sequence[int] | None = None) -> Tensor:
-        """Each replica's mean loss on a batch of its own.
+        """The mean loss of each replica.
 
         Args:
-            batch: Tensors ``[R, B, ...]``; or, if ``replicas`` are given, one batch ``[B, ...]`` for all of those.
-            replicas: Indices of some; all by default.
+            batch: Tensors ``[R, B, ...]``, with one batch per replica; or, if ``replicas`` are given, one batch ``[B, ...]``
+                for all of them.
+            replicas: Indices of some replicas; by default all.
 
         Returns:
             Losses ``[R]``.
         """
-        stacked = list(self.stacked) if replicas is None else [each[replicas] for each in self.stacked]
+        stacked = list(self.stacked) if replicas is None else [weights[replicas] for weights in self.stacked]
 
         def loss(parameters: dict[str, Tensor], batch: Any) -> Tensor:
             value: Tensor = functional_call(self._model[0], parameters, (batch,))
             return value
 
-        each = vmap(loss, in_dims=(0, 0 if replicas is None else None), randomness="different")
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels would run replica by replica
-            values: Tensor = each(dict(zip(self.names, stacked)), batch)
+        losses = vmap(loss, in_dims=(0, 0 if replicas is None else None), randomness="different")
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels would run one replica after another
+            values: Tensor = losses(dict(zip(self.names, stacked)), batch)
         return values
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the sum of the replicas' losses, whose gradient is each one's own.
+        """Return the sum of the replicas' losses. Its gradient for a replica's parameters is that of the replica's own loss.
 
         Args:
             batch: Tensors ``[S, B, ...]``, one row for each seed.
-            batch_idx: Of Lightning's loop.
+            batch_idx: Index of the batch.
         """
         weight = self._weight(batch)
         losses = self.losses(tree_map(lambda leaf: leaf[self.rows], batch))
@@ -243,46 +256,51 @@ class Population(LightningModule):
         return losses.sum()
 
     def _weight(self, batch: Any) -> Any:
-        """What a step's losses count for in the running means: a number, or one for each replica ``[R]``."""
+        """The weight of a step in the running means of the loss: a number, or a tensor ``[R]``."""
         module = self._model[0].module
         if not has_loss_terms(module):
             return min(1.0, self.batch_size / _MEMORY)
         terms = [count_terms(module, tree_map(itemgetter(row), batch)) for row in range(len(self.seeds))]
         if not all(terms):
             raise ValueError(
-                f"in step {self.steps} the batch of seed {self.seeds[terms.index(0.0)]} has no loss terms, so there is "
-                "nothing to train: leave such examples out of the data set, or write a larger `batch_size`"
+                f"in step {self.steps} the batch of seed {self.seeds[terms.index(0.0)]} has no loss terms, so there is nothing "
+                "to train: leave such examples out of the data set, or write a larger `batch_size`"
             )
         self._terms += sum(terms) / (len(terms) * self.batch_size)
         per_example = self._terms / (self.steps + 1)
         return (self.rows.new_tensor(terms, dtype=self.running_loss.dtype) / (per_example * _MEMORY)).clamp(max=1)[self.rows]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Compare with the targets, where it is time to, and let replicas leave."""
+        """Compare losses with the targets if a check is due, and remove replicas that are done."""
         self.steps += 1
         last = self.steps >= self.max_steps
         check = self.steps == self._next_check
-        due = {i for i, each in enumerate(self.replicas) if any(s + self.extra_steps == self.steps for _, s, _ in each.pending)}
+        due = {
+            i
+            for i, replica in enumerate(self.replicas)
+            if any(steps + self.extra_steps == self.steps for _, steps, _ in replica.pending)
+        }
         if check:
             grown = self.steps + max(1, int(_CHECK * self.steps))
             self._next_check = min(grown, self.max_steps) if not last else -1
             running = self.running_loss.tolist()
             due |= {
                 i
-                for i, each in enumerate(self.replicas)
-                if each.reached < len(self.targets) and (last or not _FAR * self.targets[each.reached] < running[i] < math.inf)
+                for i, replica in enumerate(self.replicas)
+                if replica.reached < len(self.targets)
+                and (last or not _FAR * self.targets[replica.reached] < running[i] < math.inf)
             }
         if due:
             chosen = sorted(due)
             for i, loss in zip(chosen, self._probe_losses(chosen)):
                 self._judge(self.replicas[i], loss, check, last)
-            self._let_go()
+            self._remove_done()
 
     @torch.no_grad()
     def _probe_losses(self, replicas: Sequence[int]) -> list[float]:
         self._model[0].eval()
         values: list[float] = []
-        # a few at once: the probe is larger than a step's batch, though nothing is kept for a backward pass
+        # a few replicas at once: the probe is larger than a step's batch, but nothing is kept for a backward pass
         number = max(1, 4 * len(self.replicas) * self.batch_size // self._data.probe_size)
         for start in range(0, len(replicas), number):
             with self.trainer.precision_plugin.forward_context():
@@ -291,33 +309,33 @@ class Population(LightningModule):
         return values
 
     def _judge(self, replica: _Replica, loss: float, check: bool, last: bool) -> None:
-        def note(target: float, status: Status, steps: int, at: float, drop: float = math.nan) -> None:
-            numbers = (steps, steps * self.batch_size, at, self.extra_steps, drop)
+        def record(target: float, status: Status, steps: int, loss_then: float, drop: float = math.nan) -> None:
+            numbers = (steps, steps * self.batch_size, loss_then, self.extra_steps, drop)
             replica.outcomes.append(Outcome(replica.seed, self.batch_size, replica.lr, target, status, *numbers))
 
         if not math.isfinite(loss):
             for target in [*(target for target, _, _ in replica.pending), *self.targets[replica.reached :]]:
-                note(target, "diverged", self.steps, loss)
+                record(target, "diverged", self.steps, loss)
             replica.pending, replica.reached = [], len(self.targets)
             return
         for target, steps, before in replica.pending:
             if steps + self.extra_steps == self.steps:
-                note(target, "reached", steps, before, before - loss)
-        replica.pending = [each for each in replica.pending if each[1] + self.extra_steps > self.steps]
+                record(target, "reached", steps, before, before - loss)
+        replica.pending = [entry for entry in replica.pending if entry[1] + self.extra_steps > self.steps]
         while check and replica.reached < len(self.targets) and loss <= self.targets[replica.reached]:
             replica.pending.append((self.targets[replica.reached], self.steps, loss))
             replica.reached += 1
         if last:
             for target in self.targets[replica.reached :]:
-                note(target, "not_reached", self.steps, loss)
+                record(target, "not_reached", self.steps, loss)
             replica.reached = len(self.targets)
 
-    def _let_go(self) -> None:
-        """Cut the replicas that are done out of the stacked tensors, so that they cost nothing."""
-        left = [i for i, each in enumerate(self.replicas) if each.pending or each.reached < len(self.targets)]
-        for i, each in enumerate(self.replicas):
+    def _remove_done(self) -> None:
+        """Remove replicas that are done from the stacked tensors, so that they take no more time."""
+        left = [i for i, replica in enumerate(self.replicas) if replica.pending or replica.reached < len(self.targets)]
+        for i, replica in enumerate(self.replicas):
             if i not in left:
-                self._on_end([Outcome(*outcome) for outcome in each.outcomes])
+                self._on_end([Outcome(*outcome) for outcome in replica.outcomes])
         if not left:
             self.trainer.should_stop = True
         elif len(left) < len(self.replicas):
@@ -335,38 +353,43 @@ class Population(LightningModule):
         self.running_loss, self.rows = self.running_loss[rows], self.rows[rows]
 
     def replica_state_dict(self, index: int) -> dict[str, Tensor]:
-        """The parameters of one of the replicas that still train, by their names in its model.
+        """The parameters of a replica that still trains, by their names in its model.
 
         Args:
-            index: In ``replicas``.
+            index: Index of the replica in ``replicas``.
         """
         return {
             name.removeprefix("module."): stacked.detach()[index].clone() for name, stacked in zip(self.names, self.stacked)
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how far each replica is."""
+        """Add the progress of each replica."""
         checkpoint["population"] = {
             "steps": self.steps,
             "next_check": self._next_check,
             "running_loss": self.running_loss,
             "terms": self._terms,
             "seeds": self.seeds,
-            "replicas": [{**asdict(each), "outcomes": [tuple(outcome) for outcome in each.outcomes]} for each in self.replicas],
+            "replicas": [
+                {**asdict(replica), "outcomes": [tuple(outcome) for outcome in replica.outcomes]} for replica in self.replicas
+            ],
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Cut the replicas that were done, before the parameters are loaded."""
-        kept = checkpoint["population"]
-        names = {(each.seed, each.lr): i for i, each in enumerate(self.replicas)}
-        wanted = [(each["seed"], each["lr"]) for each in kept["replicas"]]
-        if kept["seeds"] != self.seeds or not names.keys() >= set(wanted):
-            raise ValueError(f"the checkpoint is of other replicas: {wanted} of the seeds {kept['seeds']}, not {list(names)}")
-        self._keep(torch.tensor([names[each] for each in wanted], device=self.device))
-        self.stacked.to(checkpoint["state_dict"]["stacked.0"].dtype)  # Lightning converts only after it has loaded
-        self.replicas = [_Replica(**each) for each in kept["replicas"]]
-        self.steps, self._next_check, self._terms = kept["steps"], kept["next_check"], kept["terms"]
-        self.running_loss = kept["running_loss"].to(self.device)
+        """Remove the replicas that were done, before Lightning loads the parameters."""
+        state = checkpoint["population"]
+        indices = {(replica.seed, replica.lr): i for i, replica in enumerate(self.replicas)}
+        wanted = [(replica["seed"], replica["lr"]) for replica in state["replicas"]]
+        if state["seeds"] != self.seeds or not indices.keys() >= set(wanted):
+            raise ValueError(
+                f"the checkpoint is of other replicas: {wanted} of the seeds {state['seeds']}, not {list(indices)}; make the "
+                "population with the same replicas"
+            )
+        self._keep(torch.tensor([indices[pair] for pair in wanted], device=self.device))
+        self.stacked.to(checkpoint["state_dict"]["stacked.0"].dtype)  # Lightning converts only after loading
+        self.replicas = [_Replica(**replica) for replica in state["replicas"]]
+        self.steps, self._next_check, self._terms = state["steps"], state["next_check"], state["terms"]
+        self.running_loss = state["running_loss"].to(self.device)
         if isinstance(self._data, PopulationData):
             self._data.start = self.steps
 

@@ -1,4 +1,4 @@
-"""Adam for stacked replicas, each with a learning rate of its own."""
+"""Adam for stacked replicas, each with its own learning rate."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from torch.optim.adam import adam
 class PopulationAdam(Optimizer):
     """Adam (Kingma & Ba, arXiv 1412.6980) over parameters ``[R, ...]`` of R replicas, with R learning rates.
 
-    Each replica moves as ``torch.optim.Adam`` would move it alone. With ``betas=(0, 0)`` the update is the sign of the
-    gradient (P4, arXiv 2405.14578). Neighbours with one learning rate are updated at once, so sort the replicas by it.
+    Each replica gets the same update as from ``torch.optim.Adam`` alone. With ``betas=(0, 0)`` the update is the sign of the
+    gradient (Li et al. 2024, arXiv 2405.14578). Neighbours with the same learning rate are updated together, so sort the
+    replicas by learning rate.
 
     Args:
-        params: Stacked parameters, the replica first.
+        params: Stacked parameters ``[R, ...]``.
         lr: Learning rates ``[R]``.
-        betas: Decay of the first and the second moment.
-        eps: Added to the root of the second moment.
+        betas: Decay rates of the first and the second moment.
+        eps: Added to the square root of the second moment.
 
     Raises:
-        ValueError: Rates that are not a vector, a beta outside [0, 1).
+        ValueError: ``lr`` is not a vector, or a beta is outside [0, 1).
 
     Example:
         >>> stacked = torch.nn.Parameter(torch.zeros(2, 3))
@@ -37,37 +38,37 @@ class PopulationAdam(Optimizer):
 
     def __init__(self, params: Iterable[Tensor], lr: Tensor, betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         if lr.ndim != 1:
-            raise ValueError(f"lr has shape {list(lr.shape)}; give a vector [R], a learning rate for each replica")
+            raise ValueError(f"lr has shape {list(lr.shape)}; give a vector [R], one learning rate for each replica")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={tuple(betas)}: both must be at least 0 and below 1")
         super().__init__(params, {"lr": lr.cpu(), "betas": tuple(betas), "eps": eps, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every replica by one step.
+        """Update every replica by one step.
 
         Args:
-            closure: Computes the loss again, as of every optimizer.
+            closure: Computes the loss again, as for every optimizer.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in moved:
+            updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in updated:
                 if not (state := self.state[parameter]):
                     state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
             start = 0
-            for lr, number in zip(*(each.tolist() for each in group["lr"].unique_consecutive(return_counts=True))):
+            for lr, number in zip(*(column.tolist() for column in group["lr"].unique_consecutive(return_counts=True))):
                 rows, start = slice(start, start + number), start + number
                 adam(
-                    params=[parameter[rows] for parameter in moved],
-                    grads=[cast(Tensor, parameter.grad)[rows] for parameter in moved],
-                    exp_avgs=[self.state[parameter]["exp_avg"][rows] for parameter in moved],
-                    exp_avg_sqs=[self.state[parameter]["exp_avg_sq"][rows] for parameter in moved],
+                    params=[parameter[rows] for parameter in updated],
+                    grads=[cast(Tensor, parameter.grad)[rows] for parameter in updated],
+                    exp_avgs=[self.state[parameter]["exp_avg"][rows] for parameter in updated],
+                    exp_avg_sqs=[self.state[parameter]["exp_avg_sq"][rows] for parameter in updated],
                     max_exp_avg_sqs=[],
-                    state_steps=[torch.tensor(float(group["step"]), device=parameter.device) for parameter in moved],
+                    state_steps=[torch.tensor(float(group["step"]), device=parameter.device) for parameter in updated],
                     fused=True,
                     amsgrad=False,
                     beta1=group["betas"][0],
@@ -81,10 +82,10 @@ class PopulationAdam(Optimizer):
         return loss
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all replicas but some; the parameters are cut already.
+        """Keep the state of some replicas only. The parameters must be cut already.
 
         Args:
-            rows: Their indices, int64.
+            rows: Indices of the replicas to keep, int64.
         """
         for group in self.param_groups:
             group["lr"] = group["lr"][rows.cpu()]

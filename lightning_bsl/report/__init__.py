@@ -1,9 +1,8 @@
-"""What a person looks at: tables, figures, and the pages that compare runs and find best rates."""
+"""What a person looks at: tables, figures, and the pages that compare runs and find best rates. Nothing is computed here."""
 
 from lightning_bsl.report.figures import plot_comparison, plot_plan, plot_run
 from lightning_bsl.report.page import write_report
-from lightning_bsl.report.surge_page import write_surge_report
-from lightning_bsl.report.surge_text import surge_commands, surge_summary, surge_table, train_overrides
+from lightning_bsl.report.surge_page import surge_commands, surge_summary, surge_table, write_surge_report
 from lightning_bsl.report.tables import bound_line, compare_table, console, plan_table, run_table, theory_table
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "surge_summary",
     "surge_table",
     "theory_table",
-    "train_overrides",
     "write_report",
     "write_surge_report",
 ]

@@ -1,11 +1,13 @@
-"""Tables for the terminal."""
+"""Tables for the terminal: plans, what the bound of Umeda & Iiduka 2025, arXiv 2409.08770, says of them, and runs."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 from rich.console import Console
 from rich.table import Table
@@ -29,14 +31,15 @@ def plan_table(plan: Plan) -> Table:
     """
     table = _table("stage", "from epoch", "epochs", "steps", "samples", "batch", "rate")
     for stage in _rows(plan):
-        table.add_row(*_cells(stage, f"{stage.first_epoch:g}"))
+        number, *cells = _cells(stage)
+        table.add_row(number, f"{stage.first_epoch:g}", *cells)
     table.add_section()
     table.add_row("all", "", f"{plan.epochs:g}", f"{plan.steps:,}", f"{plan.samples:,}", "", "")
     return table
 
 
 def theory_table(plan: Plan, constants: BoundConstants | None = None) -> Table:
-    """What the bound of P1 says of a plan, from its start to the end of each stage: B_T, V_T and, with constants, the bound.
+    """What the bound says of a plan, from its start to the end of each stage: B_T, V_T and, with constants, the bound.
 
     The last column marks stages in which the rate grew too fast for the batch (gamma^2 >= delta), the rate is not below 2/L,
     or B_T stalls.
@@ -45,18 +48,19 @@ def theory_table(plan: Plan, constants: BoundConstants | None = None) -> Table:
         plan: The plan; its learning rates must not be left to the module.
         constants: Of the problem.
     """
-    table = _table("stage", "batch", "rate", "rate / batch", "B_T", "V_T", *(["bound"] if constants else []), "")
-    stages = _rows(plan)
-    terms = iter(bound_terms(plan))
-    summed = [_sum(next(terms) for _ in range(number)) for number in _sizes(plan, stages)]
-    marks = _marks(stages, summed, constants)
-    for stage, total, mark in zip(stages, itertools.accumulate(summed), marks):
-        index, *_, batch, rate = _cells(stage)
-        ratio = f"{(stage.lr or 0) / stage.batch_size:.3g}"
-        bound = [_bound(total, constants)] if constants else []
-        table.add_row(index, batch, rate, ratio, f"{total.bias:.3e}", f"{total.variance:.3e}", *bound, mark)
+    table = _table("stage", "batch", "rate", "rate / batch", "B_T", "V_T", *_bound_column(constants), "")
+    parts, stages, terms = _parts(plan), _rows(plan), bound_terms(plan)
+    sums = [reduce(add, (terms[i] for i in part)) for part in parts]
+    rows = zip([None, *stages], stages, sums, itertools.accumulate(sums), stalls(sums))
+    for before, stage, own, total, stalled in rows:
+        number, *_, batch, rate = _cells(stage)
+        too_fast = before is not None and _too_fast(before, stage)
+        too_high = constants is not None and not constants.allows(own.max_lr)
+        marks = {"B_T stalls": stalled, "gamma^2 >= delta": too_fast, "rate >= 2/L": too_high}
+        mark = ", ".join(name for name, holds in marks.items() if holds)
+        table.add_row(number, batch, rate, f"{(stage.lr or 0) / stage.batch_size:.3g}", *_terms(total, constants), mark)
     if rates := asymptotic_rates(plan.schedule):
-        table.caption = f"P1 ({rates.case}), stages of equal steps: B_T {rates.bias}, V_T {rates.variance}"
+        table.caption = f"arXiv 2409.08770 ({rates.case}), stages of equal steps: B_T {rates.bias}, V_T {rates.variance}"
     return table
 
 
@@ -70,29 +74,20 @@ def compare_table(plans: Mapping[str, Plan], constants: BoundConstants | None = 
     Raises:
         ValueError: The plans differ in their samples.
     """
-    if len({plan.samples for plan in plans.values()}) > 1:
-        taken = ", ".join(f"{name} {plan.samples:,}" for name, plan in plans.items())
+    samples = {name: plan.samples for name, plan in plans.items()}
+    if len(set(samples.values())) > 1:
+        taken = ", ".join(f"{name} {number:,}" for name, number in samples.items())
         raise ValueError(f"plans are compared at equal samples, but these take {taken}; bound them in epochs, not in steps")
-    table = _table(
-        "scheduler", "case", "steps", "last batch", "peak rate", "B_T", "V_T", *(["bound"] if constants else []), "stalled"
-    )
+    table = _table("scheduler", "case", "steps", "last batch", "peak rate", "B_T", "V_T", *_bound_column(constants), "stalled")
     for name, plan in plans.items():
-        terms = bound_terms(plan)
-        total, rates = _sum(terms), asymptotic_rates(plan.schedule)
-        stalled = stalls(terms)
-        table.add_row(
-            name,
-            f"({rates.case})" if rates else "",
-            f"{plan.steps:,}",
-            f"{plan.stages[-1].batch_size:,}",
-            f"{total.max_lr:.4g}",
-            f"{total.bias:.3e}",
-            f"{total.variance:.3e}",
-            *([_bound(total, constants)] if constants else []),
-            f"{sum(stalled)} of {len(stalled)}",
-        )
-    samples = next(iter(plans.values())).samples
-    table.caption = f"{samples:,} samples each; case of P1; stalled: stages that add next to nothing to 1 / B_T"
+        terms, rates = bound_terms(plan), asymptotic_rates(plan.schedule)
+        total, stalled = reduce(add, terms), stalls(terms)
+        sizes = f"{plan.steps:,}", f"{plan.stages[-1].batch_size:,}", f"{total.max_lr:.4g}"
+        case = f"({rates.case})" if rates else ""
+        table.add_row(name, case, *sizes, *_terms(total, constants), f"{sum(stalled)} of {len(stalled)}")
+    table.caption = (
+        f"{max(samples.values()):,} samples each; case of arXiv 2409.08770; stalled: stages that add next to nothing to 1 / B_T"
+    )
     return table
 
 
@@ -106,17 +101,15 @@ def run_table(plan: Plan, rows: list[Row]) -> Table:
     metric = validated(rows)
     heading = {"val/accuracy": "val acc", "val/perplexity": "val ppl"}[metric]
     table = _table("stage", "epochs", "steps", "samples", "batch", "rate", "train loss", heading)
-    start, end = 0, 0
-    reached = max((row["samples"] for row in rows if "samples" in row), default=0)
+    start, reached = 0, max((row["samples"] for row in rows if "samples" in row), default=0)
     for stage in _rows(plan):
-        start, end = end, end + stage.samples
         if start >= reached:
             break
-        cells = _cells(stage)
-        for name in ("train/loss", metric):
-            values = [y for x, y in zip(*curve(rows, name)) if start < x <= end]
-            cells.append(f"{values[-1]:.4f}" if values else "")
-        table.add_row(*cells)
+        ends = [
+            [y for x, y in zip(*curve(rows, name)) if start < x <= start + stage.samples] for name in ("train/loss", metric)
+        ]
+        table.add_row(*_cells(stage), *(f"{values[-1]:.4f}" if values else "" for values in ends))
+        start += stage.samples
     return table
 
 
@@ -131,56 +124,44 @@ def bound_line(rows: list[Row], bounds: list[tuple[float, float]]) -> str | None
     passed = [norm for at, norm in bounds if samples and at <= samples[-1]]
     if not passed:
         return None
-    return f"min ||grad f||^2: {min(norms) ** 2:.3e} measured, at most {min(passed) ** 2:.3e} in expectation (P1)"
+    most = f"at most {min(passed) ** 2:.3e} in expectation (arXiv 2409.08770)"
+    return f"min ||grad f||^2: {min(norms) ** 2:.3e} measured, {most}"
 
 
-def _sum(terms: Iterable[BoundTerms]) -> BoundTerms:
-    *_, total = itertools.accumulate(terms)
-    return total
-
-
-def _sizes(plan: Plan, rows: list[Stage]) -> list[int]:
-    """How many stages of a plan each row is made of."""
-    ends = list(itertools.accumulate(stage.steps for stage in plan.stages))
-    found = [0, *(ends.index(end) + 1 for end in itertools.accumulate(row.steps for row in rows))]
-    return [after - before for before, after in itertools.pairwise(found)]
-
-
-def _bound(total: BoundTerms, constants: BoundConstants) -> str:
-    return f"{total.bound(constants):.3e}" if constants.allows(total.max_lr) else "rate >= 2/L"
-
-
-def _marks(stages: list[Stage], terms: list[BoundTerms], constants: BoundConstants | None) -> list[str]:
-    found: list[list[str]] = [["B_T stalls"] if stalled else [] for stalled in stalls(terms)]
-    for (before, after), marks in zip(itertools.pairwise(stages), found[1:]):
-        delta, gamma = after.batch_size / before.batch_size, (after.lr or 0) / (before.last_lr or 1)
-        if delta > 1 and gamma > 1 and gamma**2 >= delta * (1 - 1e-9):
-            marks.append("gamma^2 >= delta")
-    for each, marks in zip(terms, found):
-        if constants and not constants.allows(each.max_lr):
-            marks.append("rate >= 2/L")
-    return [", ".join(marks) for marks in found]
+def _parts(plan: Plan) -> list[list[int]]:
+    """The stages of a plan that each row is made of."""
+    if len(plan.stages) <= _MOST_ROWS:
+        return [[i] for i in range(len(plan.stages))]
+    groups = itertools.groupby(range(len(plan.stages)), lambda i: plan.stages[i].batch_size)
+    return [list(part) for _, part in groups]
 
 
 def _rows(plan: Plan) -> list[Stage]:
-    if len(plan.stages) <= _MOST_ROWS:
-        return list(plan.stages)
-    rows: list[Stage] = []
-    for stage in plan.stages:
-        if rows and rows[-1].batch_size == stage.batch_size:
-            rows[-1] = rows[-1].join(stage)
-        else:
-            rows.append(replace(stage, stage=len(rows)))
-    return rows
+    joined = [reduce(Stage.join, (plan.stages[i] for i in part)) for part in _parts(plan)]
+    return [replace(stage, stage=number) for number, stage in enumerate(joined)]
 
 
-def _cells(stage: Stage, *first: str) -> list[str]:
+def _too_fast(before: Stage, after: Stage) -> bool:
+    delta, gamma = after.batch_size / before.batch_size, (after.lr or 0) / (before.last_lr or 1)
+    return delta > 1 and gamma > 1 and gamma**2 >= delta * (1 - 1e-9)
+
+
+def _bound_column(constants: BoundConstants | None) -> list[str]:
+    return ["bound"] if constants else []
+
+
+def _terms(total: BoundTerms, constants: BoundConstants | None) -> list[str]:
+    terms = [f"{total.bias:.3e}", f"{total.variance:.3e}"]
+    if constants:
+        terms.append(f"{total.bound(constants):.3e}" if constants.allows(total.max_lr) else "rate >= 2/L")
+    return terms
+
+
+def _cells(stage: Stage) -> list[str]:
     rate = "" if stage.lr is None or stage.last_lr is None else f"{stage.lr:.4g}"
     if rate and stage.last_lr != stage.lr:
         rate += f" .. {stage.last_lr:.4g}"
-    return [
-        str(stage.stage), *first, f"{stage.epochs:g}", f"{stage.steps:,}", f"{stage.samples:,}", f"{stage.batch_size:,}", rate
-    ]  # fmt: skip
+    return [f"{stage.stage}", f"{stage.epochs:g}", f"{stage.steps:,}", f"{stage.samples:,}", f"{stage.batch_size:,}", rate]
 
 
 def _table(*columns: str) -> Table:

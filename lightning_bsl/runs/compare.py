@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
-from lightning_bsl.runs.find import AXES, METRICS, Group, Run
+from lightning_bsl.runs.find import METRICS, Group, Run
 from lightning_bsl.runs.folder import BOUND
-from lightning_bsl.runs.metrics import Row
+from lightning_bsl.runs.logs import AXES
 from lightning_bsl.theory import LEVEL
 
 Seeded = tuple[int | None, float]
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+_POSITIVE = ("full_gradient_norm", "val/perplexity")  # metrics that are never below 0
 
 
-class Estimate(NamedTuple):
-    """A mean and its interval; without one, where there are fewer than two values, ``low`` and ``high`` are nan."""
+class Mean(NamedTuple):
+    """A mean over runs and its interval, ``"t"``, ``"log t"``, ``"paired"`` or ``"Welch"``; nan where there is none."""
 
-    value: float
-    low: float
-    high: float
-    number: int
-    method: str = "t"
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    runs: int = 0
+    interval: str = ""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A value of a metric to reach.
+    """A value of a metric to reach and to keep.
 
     Args:
         metric: The metric.
@@ -47,48 +53,18 @@ class Target:
     def __str__(self) -> str:
         return f"{self.metric} {'≥' if self.higher else '≤'} {self.value:.4g}"
 
-    def first(self, run: Run) -> Row | None:
-        """The first logged row of a run at the target or beyond it."""
-        sign = 1 if self.higher else -1
-        return next((row for row in run.series(self.metric) if sign * row[self.metric] >= sign * self.value), None)
+    def reached(self, run: Run) -> tuple[dict[str, float] | None, bool]:
+        """Where a run reached the target for good (``None``: nowhere), and whether it was ever at it.
 
-
-class Reached(NamedTuple):
-    """How soon a group reached a target.
-
-    Args:
-        target: The target.
-        group: The group.
-        reached: How many of its runs reached it.
-        of: How many log the metric.
-        means: On each axis; of the runs that reached it.
-        ratios: On each axis, to the baseline, where all runs of both reached it.
-    """
-
-    target: Target
-    group: Group
-    reached: int
-    of: int
-    means: dict[str, Estimate]
-    ratios: dict[str, Estimate]
-
-
-class Ended(NamedTuple):
-    """Where a group ended: the last value of a metric, and its best."""
-
-    metric: str
-    group: Group
-    last: Estimate
-    best: Estimate
-
-
-class Held(NamedTuple):
-    """What a group measured beside the bound of P1: min ||grad f||^2."""
-
-    group: Group
-    measured: float
-    bound: float
-    number: int
+        The target is reached at the first logged value from which on none is worse; a nan is worse than any target. So a
+        gradient norm that starts low, rises and falls again has reached its target at the second crossing, and a run that ends
+        worse than its target was there in passing only. The rule needs no setting. Noise makes it late, never early: the first
+        value at the target may be luck, the last one that is worse is none.
+        """
+        rows = run.series(self.metric)
+        at = (rows["value"] >= self.value if self.higher else rows["value"] <= self.value).to_numpy()
+        kept = np.logical_and.accumulate(at[::-1])[::-1]
+        return (rows.iloc[kept.argmax()].to_dict() if kept.any() else None), bool(at.any())
 
 
 def higher_is_better(metric: str) -> bool:
@@ -116,14 +92,14 @@ def parse_target(text: str) -> Target:
         >>> parse_target("gradient_noise_scale>=100").higher
         True
     """
-    found = re.fullmatch(r"\s*([^=<>\s]+)\s*(>=|<=|=)\s*(\S+)\s*", text)
+    parts = re.fullmatch(r"\s*([^=<>\s]+)\s*(>=|<=|=)\s*(\S+)\s*", text)
     try:
-        value = float(found[3]) if found else math.nan
+        value = float(parts[3]) if parts else math.nan
     except ValueError:
         value = math.nan
-    if found is None or not math.isfinite(value):
+    if parts is None or not math.isfinite(value):
         raise ValueError(f"--target {text!r}: write METRIC=VALUE, as in val/accuracy=0.9")
-    return Target(found[1], value, higher_is_better(found[1]) if found[2] == "=" else found[2] == ">=")
+    return Target(parts[1], value, higher_is_better(parts[1]) if parts[2] == "=" else parts[2] == ">=")
 
 
 def logged_metrics(groups: Sequence[Group]) -> list[str]:
@@ -133,19 +109,15 @@ def logged_metrics(groups: Sequence[Group]) -> list[str]:
 
 
 def default_targets(groups: Sequence[Group]) -> list[Target]:
-    """For each of the usual metrics the worst of the runs' best values: what every run reached.
-
-    Args:
-        groups: The groups; those without a run that has ended are left aside where there are others.
-    """
+    """For each of the usual metrics the worst of the finite last values of the runs: what every run reached and kept."""
     ended = [group for group in groups if len(group.unfinished) < len(group.runs)] or groups
     targets = []
     for metric in METRICS:
-        higher = higher_is_better(metric)
-        values = [run.curve(metric)[1] for group in ended for run in group.counted]
-        best = [(max if higher else min)(each) for each in values if len(each)]
-        if best:
-            targets.append(Target(metric, float((min if higher else max)(best)), higher))
+        last = [run.series(metric)["value"].tail(1) for group in ended for run in group.counted]
+        values = [float(value) for values in last for value in values if math.isfinite(value)]
+        if values:
+            higher = higher_is_better(metric)
+            targets.append(Target(metric, min(values) if higher else max(values), higher))
     return targets
 
 
@@ -154,154 +126,163 @@ def default_baseline(groups: Sequence[Group]) -> Group:
     return next((group for group in groups if group.constant_batch), groups[0])
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def mean(values: Sequence[float], positive: bool = False) -> Mean:
     """The mean of some values and its t-interval.
 
     Args:
         values: One for each seed.
+        positive: Whether they are never below 0, as seconds are. Then the mean is geometric, and its interval that of the
+            mean logarithm. A 0 has no logarithm: with one the mean is 0, without an interval.
 
     Example:
-        >>> mean, low, high, number, _ = estimate([1.0, 2.0, 3.0])
-        >>> mean, round(low, 3), round(high, 3), number
-        (2.0, -0.484, 4.484, 3)
+        >>> mean([1.0, 2.0, 3.0]).value, round(mean([1.0, 10.0, 100.0], positive=True).value, 6)
+        (2.0, 10.0)
     """
-    number = len(values)
-    if not number:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    mean = float(np.mean(values))
-    if number == 1:
-        return Estimate(mean, math.nan, math.nan, 1)
-    half = _quantile(number - 1) * float(np.std(values, ddof=1)) / math.sqrt(number)
-    return Estimate(mean, mean - half, mean + half, number)
+    with np.errstate(divide="ignore"):
+        points = np.log(values) if positive else np.array(values)
+    known = points.size > 1 and np.isfinite(points).all()
+    ends = _interval(stats.ttest_1samp, points, 0.0) if known else (math.nan, math.nan)
+    numbers = np.array([points.mean(), *ends])
+    numbers = np.exp(numbers) if positive else numbers
+    if len(set(values)) == 1:  # exactly, whatever the logarithm rounds
+        numbers[np.isfinite(numbers)] = values[0]
+    value, low, high = numbers.tolist()
+    return Mean(value, low, high, points.size, "" if not known else "log t" if positive else "t")
 
 
-def ratio(values: Sequence[Seeded], baseline: Sequence[Seeded]) -> Estimate:
-    """The ratio of two groups' geometric means, with an interval of its logarithm.
+def ratio(values: Sequence[Seeded], baseline: Sequence[Seeded]) -> Mean:
+    """The ratio of two groups' geometric means, with an interval of its logarithm; none where a value is 0.
 
     Where both groups have the same seeds, they are compared seed by seed (paired t), else as independent samples (Welch).
 
     Args:
-        values: Seed and value of each run of the one group.
-        baseline: The same of the other.
+        values: Seed and value of each run.
+        baseline: The same of the baseline.
 
     Example:
         >>> ratio([(0, 2.0), (1, 2.0)], [(0, 4.0), (1, 4.0)])
-        Estimate(value=0.5, low=0.5, high=0.5, number=2, method='paired')
+        Mean(value=0.5, low=0.5, high=0.5, runs=2, interval='paired')
     """
-    if not values or not baseline or min(value for _, value in (*values, *baseline)) <= 0:
-        return Estimate(math.nan, math.nan, math.nan, 0, "")
-    one, other = ([math.log(value) for _, value in some] for some in (values, baseline))
-    center = float(np.mean(one) - np.mean(other))
-    seeds = {seed for seed, _ in values}
-    paired = None not in seeds and seeds == {seed for seed, _ in baseline} and len(seeds) == len(values) == len(baseline)
-    number = min(len(one), len(other))
-    if number < 2:
-        return Estimate(math.exp(center), math.nan, math.nan, number, "")
-    if paired:
-        theirs = {seed: math.log(value) for seed, value in baseline}
-        differences = [math.log(value) - theirs[seed] for seed, value in values]
-        half = _quantile(number - 1) * float(np.std(differences, ddof=1)) / math.sqrt(number)
-    else:
-        parts = [float(np.var(some, ddof=1)) / len(some) for some in (one, other)]
-        error = math.sqrt(sum(parts))
-        freedom = error**4 / sum(part**2 / (len(some) - 1) for part, some in zip(parts, (one, other))) if error else 1
-        half = _quantile(freedom) * error
-    return Estimate(math.exp(center), math.exp(center - half), math.exp(center + half), number, "paired" if paired else "Welch")
+    if min(value for _, value in (*values, *baseline)) <= 0:
+        return Mean()
+    seeds, others = ({seed for seed, _ in some} for some in (values, baseline))
+    paired = None not in seeds and seeds == others and len(seeds) == len(values) == len(baseline)
+    # seeds of a pair are in the same order
+    ours, theirs = (
+        np.log(pd.Series(dict(some)).sort_index() if paired else [value for _, value in some]) for some in (values, baseline)
+    )
+    value, runs = math.exp(ours.mean() - theirs.mean()), min(len(values), len(baseline))
+    if runs < 2:
+        return Mean(value, runs=runs)
+    low, high = (
+        _interval(stats.ttest_rel, ours, theirs) if paired else _interval(stats.ttest_ind, ours, theirs, equal_var=False)
+    )
+    return Mean(value, math.exp(low), math.exp(high), runs, "paired" if paired else "Welch")
 
 
-def how_soon(groups: Sequence[Group], targets: Sequence[Target], baseline: Group) -> list[Reached]:
-    """Samples, steps and seconds until each group reached each target, and their ratios to a baseline.
+def compare(groups: Sequence[Group], targets: Sequence[Target], baseline: Group) -> Any:
+    """All numbers of a report: how soon targets were reached, where the groups ended, and what their bounds are.
 
     Args:
         groups: The groups.
         targets: What to reach.
-        baseline: The group to compare with.
+        baseline: The group that the others are compared with.
+
+    Returns:
+        A table, a line for each number: ``what`` it is (``to_target``, ``ratio_to_GROUP``, ``final``, ``best``,
+        ``measured_min_squared_norm``, ``bound``), the ``group``, ``metric``, ``target`` and ``axis``; ``value``, ``low``,
+        ``high`` and the kind of ``interval``, as of `Mean`; how many ``runs`` reached the target, ``of`` those that log the
+        metric, and how many were at it ``in_passing`` only.
     """
-    results = []
-    for target in targets:
-        theirs = _crossings(baseline, target)
-        for group in groups:
-            ours = _crossings(group, target)
-            means: dict[str, Estimate] = {}
-            ratios: dict[str, Estimate] = {}
-            for axis in AXES:
-                values, others = (
-                    [(seed, row[axis]) for seed, row in some if row is not None and axis in row] for some in (ours, theirs)
-                )
-                if values:
-                    means[axis] = estimate([value for _, value in values])
-                if group is not baseline and values and len(values) == len(ours) and len(others) == len(theirs):
-                    found = ratio(values, others)
-                    if found.number:
-                        ratios[axis] = found
-            reached = sum(row is not None for _, row in ours)
-            results.append(Reached(target, group, reached, len(ours), means, ratios))
-    return results
+    lines = [line for target in targets for group in groups for line in _how_soon(group, target, baseline)]
+    lines += [line for metric in METRICS for group in groups for line in _where_ended(group, metric)]
+    lines += [line for group in groups for line in _against_bound(group)]
+    columns = ["what", "group", "metric", "target", "axis", "value", "low", "high", "runs", "of", "interval", "in_passing"]
+    return pd.DataFrame(lines, columns=columns).astype({"in_passing": "Int64"})
 
 
-def where_ended(groups: Sequence[Group], metrics: Sequence[str] = tuple(METRICS)) -> list[Ended]:
-    """The last and the best value of each metric, in each group that logs it.
+def unequal_budgets(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """The groups of each number of samples, if that is not the same for all runs."""
+    budgets: dict[str, list[str]] = {}
+    for group in groups:
+        samples = [run.reached("samples") for run in group.counted]
+        budgets.setdefault(" to ".join({f"{end:,.0f}": None for end in (min(samples), max(samples))}), []).append(group.name)
+    return budgets if len(budgets) > 1 or " to " in next(iter(budgets)) else {}
+
+
+def band(curves: Sequence[Curve], points: int = 200) -> Any:
+    """The ``mean``, ``min`` and ``max`` of some curves against x, over the stretch that all of them cover.
 
     Args:
-        groups: The groups.
-        metrics: The metrics.
+        curves: Each as x, which grows, and y; y is interpolated on a grid of ``points`` where they are not at the same x.
+        points: Of the grid.
+
+    Example:
+        >>> one, other = (np.array([0.0, 2.0]), np.array([1.0, 3.0])), (np.array([0.0, 1.0, 2.0]), np.array([1.0, 4.0, 5.0]))
+        >>> band([one, other], points=3)["mean"].tolist()
+        [1.0, 3.0, 4.0]
     """
-    results = []
-    for metric in metrics:
-        best: Callable[..., float] = max if higher_is_better(metric) else min
-        for group in groups:
-            curves = [curve for run in group.counted if len(curve := run.curve(metric)[1])]
-            lasts = [run.series(metric)[-1][metric] for run in group.counted if run.series(metric)]
-            if curves:
-                results.append(Ended(metric, group, estimate(lasts), estimate([float(best(curve)) for curve in curves])))
-    return results
+    grid, start = curves[0][0], max(x[0] for x, _ in curves)
+    if not all(np.array_equal(x, grid) for x, _ in curves):
+        grid = np.linspace(start, max(start, min(x[-1] for x, _ in curves)), points)
+    values = pd.DataFrame([np.interp(grid, x, y) for x, y in curves], columns=grid)
+    return values.agg(["mean", "min", "max"]).T
 
 
-def against_bounds(groups: Sequence[Group]) -> list[Held]:
-    """The least ||grad f||^2 that groups measured, beside the bound of P1, where a configuration gives its constants.
+def _interval(test: Any, *samples: Any, **options: Any) -> tuple[float, float]:
+    with warnings.catch_warnings():  # equal values have an interval of width 0
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        ends = test(*samples, **options).confidence_interval(LEVEL)
+    return float(ends.low), float(ends.high)
+
+
+def _line(what: str, group: Group, metric: str, number: Mean, **more: Any) -> dict[str, Any]:
+    return {"what": what, "group": group.name, "metric": metric, "axis": "", "of": number.runs, **number._asdict(), **more}
+
+
+def _how_soon(group: Group, target: Target, baseline: Group) -> list[dict[str, Any]]:
+    """Samples, steps and seconds until a group reached a target, and their ratios to the baseline where all runs reached it."""
+    ours, theirs = (
+        [(run.seed, *target.reached(run)) for run in some.counted if len(run.series(target.metric))]
+        for some in (group, baseline)
+    )
+    reached = sum(row is not None for _, row, _ in ours)
+    counts: dict[str, Any] = {"of": len(ours), "target": target.value, "in_passing": sum(ever for *_, ever in ours) - reached}
+    lines = []
+    for axis in AXES:
+        values, others = ([(seed, row[axis]) for seed, row, _ in some if row and row[axis] >= 0] for some in (ours, theirs))
+        if values:
+            soon = mean([value for _, value in values], positive=True)
+            lines.append(_line("to_target", group, target.metric, soon, axis=axis, **counts))
+        if values and group is not baseline and len(values) == len(ours) and len(others) == len(theirs) > 0:
+            to = ratio(values, others)
+            lines += [_line(f"ratio_to_{baseline.name}", group, target.metric, to, axis=axis, **counts)] if to.runs else []
+    lines = lines or [_line("to_target", group, target.metric, Mean(), **counts)]
+    return [{**line, "runs": reached} for line in lines]
+
+
+def _where_ended(group: Group, metric: str) -> list[dict[str, Any]]:
+    """The last and the best value of a metric, if the group logs it."""
+    curves = [
+        (run.series(metric)["value"].iloc[-1], run.curve(metric)[1]) for run in group.counted if len(run.curve(metric)[1])
+    ]
+    best = np.max if higher_is_better(metric) else np.min
+    values = {"final": [last for last, _ in curves], "best": [best(curve) for _, curve in curves]}
+    return [_line(what, group, metric, mean(some, metric in _POSITIVE)) for what, some in values.items() if some]
+
+
+def _against_bound(group: Group) -> list[dict[str, Any]]:
+    """The least ||grad f||^2 that a group measured, beside its bound (Umeda & Iiduka 2025, arXiv 2409.08770), if it has one.
 
     The bound is one on an expectation, so the squares are averaged over the runs before the least of them is taken.
-
-    Args:
-        groups: The groups.
     """
-    results = []
-    for group in groups:
-        runs = [run for run in group.counted if len(run.curve("full_gradient_norm")[0])]
-        bounds = _bounds(runs[0]) if runs else []
-        if not bounds:
-            continue
-        squares = [dict(zip(x, y**2)) for x, y in (run.curve("full_gradient_norm") for run in runs)]
-        common = set.intersection(*(set(each) for each in squares))
-        if not common:
-            continue
-        measured = min(float(np.mean([each[at] for each in squares])) for at in common)
-        passed = [norm**2 for at, norm in bounds if at <= max(common)]
-        if passed:
-            results.append(Held(group, measured, min(passed), len(runs)))
-    return results
-
-
-def unequal_budgets(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """Each group and its samples, if they are not the same for all runs."""
-    budgets = [(group.name, sorted({run.reached("samples") for run in group.counted})) for group in groups]
-    if len({samples for _, some in budgets for samples in some}) < 2:
+    norm = "full_gradient_norm"
+    curves = {run.folder: run.curve(norm) for run in group.counted if len(run.curve(norm)[0])}
+    try:  # as the first run left it
+        bounds = pd.read_csv(next(iter(curves), Path()) / BOUND).astype(float).set_index("samples")["bound"]
+    except (OSError, ValueError, KeyError):
         return []
-    return [(name, f"{some[0]:,.0f}" if len(some) == 1 else f"{some[0]:,.0f} to {some[-1]:,.0f}") for name, some in budgets]
-
-
-def _crossings(group: Group, target: Target) -> list[tuple[int | None, Row | None]]:
-    return [(run.seed, target.first(run)) for run in group.counted if run.series(target.metric)]
-
-
-def _quantile(freedom: float) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
-
-
-def _bounds(run: Run) -> list[tuple[float, float]]:
-    """The bound on the full gradient norm along a run's plan, as the run left it; none where its constants are not known."""
-    try:
-        with open(run.folder / BOUND, newline="") as file:
-            return [(float(row["samples"]), float(row["bound"])) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    squares = pd.concat([pd.Series(y**2, x) for x, y in curves.values()], axis=1).dropna().mean(axis=1)
+    passed = bounds[bounds.index <= squares.index.max()]
+    values = {"measured_min_squared_norm": squares.min(), "bound": passed.min() ** 2}
+    return [_line(what, group, norm, Mean(value, runs=len(curves))) for what, value in values.items() if len(passed)]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from lightning_bsl.runs.folder import FINISHED
-from lightning_bsl.runs.metrics import Row, read_metrics
+from lightning_bsl.runs.logs import AXES, read_log, read_stages, replace_from
 
-AXES = {"epochs": "epochs", "steps": "optimizer steps", "samples": "samples", "tokens": "tokens", "seconds": "seconds"}
 METRICS = {
     "full_gradient_norm": "full gradient norm",
     "train/loss": "training loss",
@@ -28,7 +27,6 @@ METRICS = {
     "val/accuracy": "validation accuracy",
     "val/perplexity": "validation perplexity",
 }
-_CLOCKS = ("samples", "tokens", "seconds")  # columns that only grow
 # overrides that change what is written or where data lie, but not what is trained
 _OUTPUT_ONLY = re.compile(
     r"(seed|ckpt_path|output_dir|logger|checkpoint|training_time|trainer\.(enable_\w+|default_root_dir|logger|log_every_n_steps)"
@@ -38,18 +36,18 @@ _NUMBERED = re.compile(r"^(version|run|seed|s)?[_=-]?\d+$")
 _SEED = re.compile(r"(?:^|[_=.-])(?:seed|s)[_=-]?(\d+)$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run.
 
     Args:
         folder: Where its log lies.
         name: The folder, as seen from the folder that was searched.
-        rows: What was logged, each row with its place on every axis that is known (`AXES`).
+        log: What was logged, as of `read_log`.
         seed: Its seed, if that is known.
         overrides: What was overridden on its command line, and to what.
         choices: What was chosen from each group of ``conf/``.
-        config: Its configuration; ``None`` for the logs of others.
+        config: Its configuration, which is only read; ``None`` for the logs of others.
         planned: The samples it was to train, if that is known.
         ended: Whether its fit has ended.
         by_epoch: Whether its training metrics are those of whole epochs, not of every logged step.
@@ -58,10 +56,10 @@ class Run:
 
     folder: Path
     name: str
-    rows: list[Row]
+    log: Any
     seed: int | None = None
-    overrides: dict[str, str] | None = None
-    choices: dict[str, Any] | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
     config: DictConfig | None = None
     planned: float | None = None
     ended: bool = True
@@ -70,12 +68,12 @@ class Run:
 
     @property
     def metrics(self) -> set[str]:
-        """What it logged."""
-        return {name for row in self.rows for name in row}
+        """The metrics and the axes that it has values on."""
+        return {*self.log["metric"], *(axis for axis in AXES if self.log[axis].notna().any())}
 
     def reached(self, axis: str) -> float:
         """How far it came on an axis; nan where the axis is not logged."""
-        return max((row[axis] for row in self.rows if axis in row), default=float("nan"))
+        return float(self.log[axis].max())
 
     @property
     def progress(self) -> str:
@@ -90,46 +88,38 @@ class Run:
         whole = f" of {epochs}" if isinstance(epochs, int) and epochs > 0 else ""
         return f"unfinished at {self.reached('epochs'):.3g}{whole} epochs, {samples:,.0f} samples"
 
-    def series(self, metric: str) -> list[Row]:
-        """The rows that have a metric: of training metrics the means of whole epochs where there are enough of them."""
-        rows = [row for row in self.rows if metric in row and "samples" in row]
+    def series(self, metric: str) -> Any:
+        """The logged values of a metric: of training metrics the means of whole epochs where there are enough of them."""
+        rows = self.log[(self.log["metric"] == metric) & self.log["samples"].notna()]
         if metric in ("batch_size", "lr"):
-            return [row for row in rows if "stage" not in row]  # the row of an advance says what comes next
+            rows = rows[rows["stage"].isna()]  # the row of an advance says what comes next
         if not (self.by_epoch and metric.startswith("train/")):
-            return rows
-        last = {row.get("epoch"): row for row in rows}
-        if not self.ended:
-            last.pop(self.rows[-1].get("epoch"), None)  # not known to be over
-        return list(last.values())
+            return rows.drop_duplicates("step", keep="last")
+        under_way = np.nan if self.ended else self.log["epoch"].iloc[-1]
+        return rows.drop_duplicates("epoch", keep="last")[lambda epochs: epochs["epoch"] != under_way]
 
     def curve(self, metric: str, axis: str = "samples") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """A metric against an axis, where both are finite."""
-        points = [(row[axis], row[metric]) for row in self.series(metric) if axis in row]
-        x, y = np.array(points, dtype=float).reshape(-1, 2).T
-        finite = np.isfinite(x) & np.isfinite(y)
-        return x[finite], y[finite]
+        points = self.series(metric)[[axis, "value"]].to_numpy(dtype=float)
+        x, y = points[np.isfinite(points).all(axis=1)].T
+        return x, y
 
     def setting(self, key: str) -> str | None:
         """The value of something that some run overrides, in this one."""
         if self.config is None:
             return self.series_name if key == "folder" else None
-        if key in (self.choices or {}):
-            return str((self.choices or {})[key])
+        if key in self.choices:
+            return str(self.choices[key])
         try:
             value = OmegaConf.select(self.config, key)
             return None if value is None else str(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
         except OmegaConfBaseException:  # what only Hydra can resolve
-            return (self.overrides or {}).get(key)
+            return self.overrides.get(key)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ in their seed only.
-
-    Args:
-        name: What sets it apart from the others.
-        runs: Its runs.
-    """
+    """Runs that differ in their seed only, and what sets them apart from others."""
 
     name: str
     runs: list[Run]
@@ -145,22 +135,29 @@ class Group:
         return [run for run in self.runs if not run.ended]
 
     @property
+    def repeats_seed(self) -> bool:
+        """Whether a seed is there more than once."""
+        seeds = [run.seed for run in self.runs if run.seed is not None]
+        return len(set(seeds)) < len(seeds)
+
+    @property
     def constant_batch(self) -> bool:
         """Whether its batch size never changes, as far as runs that have ended tell."""
-        return (
-            self.counted[0].ended and len({row["batch_size"] for run in self.counted for row in run.series("batch_size")}) == 1
-        )
+        sizes = pd.concat([run.series("batch_size")["value"] for run in self.counted])
+        return self.counted[0].ended and sizes.nunique() == 1
+
+    def logs(self, metric: str) -> bool:
+        """Whether some run has values of a metric, or on an axis."""
+        return any(metric in run.metrics for run in self.runs)
+
+    def length(self, axis: str) -> float:
+        """How far its counted runs came on an axis, on average; nan where no run has the axis."""
+        return float(pd.Series([run.reached(axis) for run in self.counted]).mean())
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies under the folders that were searched.
-
-    Args:
-        runs: The runs with a log.
-        without: Of the others, the folder and what is missing.
-        notes: What else a reader must know.
-    """
+    """The runs with a log, the folders without one with the reason, and what else a reader must know."""
 
     runs: list[Run]
     without: list[tuple[str, str]]
@@ -170,7 +167,7 @@ class Found:
 def find_runs(folders: Sequence[str | Path], progress: bool = True) -> Found:
     """Read the runs under some folders, however deep.
 
-    A run is a folder that ``scripts/train.py`` wrote (``.hydra/config.yaml``), or one with a ``metrics.csv`` of Lightning's
+    A run is a folder that ``bsl-train`` wrote (``.hydra/config.yaml``), or one with a ``metrics.csv`` of Lightning's
     ``CSVLogger`` or with TensorBoard's event files, if ``samples`` is logged there.
 
     Args:
@@ -190,18 +187,19 @@ def find_runs(folders: Sequence[str | Path], progress: bool = True) -> Found:
         name = place.name if place == root else str(place.relative_to(root))
         try:
             runs.append(_read(place, root, name or str(place)))
-        except (OSError, ValueError, TypeError, csv.Error) as error:
+        except (OSError, ValueError, TypeError, OmegaConfBaseException) as error:
             without.append((name, str(error)))
+    searched = ", ".join(map(str, folders))
     if not places:
         raise FileNotFoundError(
-            f"no run under {', '.join(map(str, folders))}: a run is a folder with .hydra/config.yaml and metrics.csv "
-            "(scripts/train.py), a metrics.csv of Lightning's CSVLogger, or TensorBoard's event files"
+            f"no run under {searched}: a run is a folder with .hydra/config.yaml and metrics.csv "
+            "(bsl-train), a metrics.csv of Lightning's CSVLogger, or TensorBoard's event files"
         )
     if not runs:
         listed = "; ".join(f"{name}: {reason}" for name, reason in without[:10])
-        raise FileNotFoundError(f"no run with a log under {', '.join(map(str, folders))} ({listed})")
+        raise FileNotFoundError(f"no run with a log under {searched} ({listed})")
     runs, notes = _join_resumed(runs)
-    by_epoch = max(len({row.get("epoch") for row in run.rows}) for run in runs) >= 3
+    by_epoch = max(run.log["epoch"].nunique() for run in runs) >= 3
     return Found([replace(run, by_epoch=by_epoch) for run in runs], without, notes)
 
 
@@ -209,32 +207,25 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put runs that differ in their seed only together, in the order of the first of each.
 
     Settings are looked at only if some run overrides them, so that it does not matter whether a default is written out.
-
-    Args:
-        runs: The runs.
     """
-    overridden = dict.fromkeys(key for run in runs for key in run.overrides or {} if not _OUTPUT_ONLY.fullmatch(key))
+    overridden = dict.fromkeys(key for run in runs for key in run.overrides if not _OUTPUT_ONLY.fullmatch(key))
     keys = ["folder", *sorted(overridden, key=lambda key: "." in key)]
-    groups: dict[tuple[str | None, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run.setting(key) for key in keys), []).append(run)
-    told: list[int] = []  # the settings that tell the groups apart
-    for at in range(len(keys)):
-        if len({tuple(values[i] for i in (*told, at)) for values in groups}) > len(
-            {tuple(values[i] for i in told) for values in groups}
-        ):
-            told.append(at)
-    names: list[str] = []
-    for values, members in groups.items():
-        choices = members[0].choices or {}
-        parts = [_part(keys[i], value, choices) for i in told if (value := values[i]) is not None]
-        names.append(", ".join(parts) or str(choices.get("scheduler", members[0].name)))
+    settings = pd.DataFrame([[run.setting(key) for key in keys] for run in runs], columns=keys, dtype=object).fillna("")
+    members = [[runs[row] for row in rows] for rows in settings.groupby(keys, sort=False).groups.values()]
+    telling: list[str] = []  # the settings that tell the groups apart
+    for key in keys:
+        if settings.groupby([*telling, key]).ngroups > (settings.groupby(telling).ngroups if telling else 1):
+            telling.append(key)
+    names = [_name(run, telling) for run, *_ in members]
     taken = [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return [Group(name, members) for name, members in zip(taken, groups.values())]
+    return [Group(*group) for group in zip(taken, members)]
 
 
-def _part(key: str, value: str, choices: dict[str, Any]) -> str:
-    return value if key == "folder" or key in choices else f"{key.removeprefix('scheduler.')}={value}"
+def _name(run: Run, telling: Sequence[str]) -> str:
+    """What sets a run's group apart."""
+    values = {key: value for key in telling if (value := run.setting(key)) is not None}
+    short = {key: "" if key == "folder" or key in run.choices else f"{key.removeprefix('scheduler.')}=" for key in values}
+    return ", ".join(short[key] + value for key, value in values.items()) or str(run.choices.get("scheduler", run.name))
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
@@ -243,7 +234,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _places(root: Path) -> list[Path]:
     """Folders with a run; what lies inside of one is its own."""
-    found: list[Path] = []
+    places: list[Path] = []
     for folder, below, files in os.walk(root):
         path = Path(folder)
         job = path / ".hydra" / "hydra.yaml"
@@ -251,125 +242,39 @@ def _places(root: Path) -> list[Path]:
             job.is_file() and re.search(r"\n    name: plan\n", job.read_text())
         )
         if ours or "metrics.csv" in files or any("events.out.tfevents" in file for file in files):
-            found.append(path)
+            places.append(path)
             below.clear()
-        below[:] = sorted((each for each in below if not each.startswith(".")), key=_natural)
-    return found
+        below[:] = sorted((name for name in below if not name.startswith(".")), key=_natural)
+    return places
 
 
 def _read(folder: Path, root: Path, name: str) -> Run:
-    rows = _log(folder)
-    if not any("samples" in row for row in rows):
-        raise ValueError("`samples` is not logged, the axis on which schedules are compared")
-    hydra = folder / ".hydra"
+    hydra, stages = folder / ".hydra", read_stages(folder / "plan.csv")
+    log = read_log(folder, stages)
     if not (hydra / "config.yaml").is_file():
-        epochs = _epochs([(row["samples"], row["epoch"]) for row in rows if {"samples", "epoch"} <= row.keys()], None)
-        seed = _SEED.search(str(Path(name)))
-        rows = _on_axes(rows, epochs)
-        return Run(folder, name, rows, int(seed[1]) if seed else None, series_name=_without_number(folder, root))
-    config = OmegaConf.load(hydra / "config.yaml")
-    assert isinstance(config, DictConfig)
+        seed = _SEED.search(name)
+        return Run(folder, name, log, int(seed[1]) if seed else None, series_name=_without_number(folder, root))
+    config: Any = OmegaConf.load(hydra / "config.yaml")
+    known, overrides = (
+        OmegaConf.load(file) if (file := hydra / f"{part}.yaml").is_file() else OmegaConf.create()
+        for part in ("hydra", "overrides")
+    )
     OmegaConf.update(config, "output_dir", str(folder), force_add=True)  # else only Hydra knows it
-    overrides = [str(each) for each in OmegaConf.load(hydra / "overrides.yaml")] if (hydra / "overrides.yaml").is_file() else []
-    known = OmegaConf.load(hydra / "hydra.yaml") if (hydra / "hydra.yaml").is_file() else OmegaConf.create({})
-    choices: dict[str, Any] = dict(OmegaConf.select(known, "hydra.runtime.choices") or {})
     if config.get("ckpt_path"):
         config.ckpt_path = str(Path(OmegaConf.select(known, "hydra.runtime.cwd") or ".") / config.ckpt_path)
-    stages = _stages(folder / "plan.csv")
-    planned = stages[-1][0] if stages else None
-    epochs = _epochs([(row["samples"], row["epoch"]) for row in rows if {"samples", "epoch"} <= row.keys()], stages)
-    rows = _on_axes(rows, epochs)
-    samples = max(row["samples"] for row in rows if "samples" in row)
+    choices = OmegaConf.select(known, "hydra.runtime.choices") or {}
+    planned = None if stages is None else float(stages["samples"].iloc[-1])
     return Run(
         folder,
         name,
-        rows,
+        log,
         config.get("seed"),
-        {key.lstrip("+~"): value for key, _, value in (each.partition("=") for each in overrides)},
-        {key: value for key, value in choices.items() if value is not None},
+        {key.lstrip("+~"): value for key, _, value in (str(override).partition("=") for override in overrides)},
+        {str(key): value for key, value in choices.items() if value is not None},
         config,
         planned,
-        (planned is not None and samples >= planned) or (folder / FINISHED).is_file(),
+        ended=(folder / FINISHED).is_file() or (planned is not None and float(log["samples"].max()) >= planned),
     )
-
-
-def _log(folder: Path) -> list[Row]:
-    file = folder / "metrics.csv"
-    if file.is_file():
-        if rows := [row for row in read_metrics(file) if "step" in row]:
-            return rows
-        raise ValueError("metrics.csv is empty")
-    events = sorted(path.parent for path in folder.rglob("*events.out.tfevents*"))
-    if events:
-        return _read_events(events[0])
-    raise FileNotFoundError("no metrics.csv")
-
-
-def _read_events(folder: Path) -> list[Row]:
-    """The scalars of TensorBoard's event files: of each step the first values in one row, the second in another, ..."""
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ModuleNotFoundError as error:
-        raise OSError("TensorBoard's event files need tensorboard: pip install 'lightning_bsl[tensorboard]'") from error
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    rows: dict[tuple[int, int], Row] = {}
-    begin: float | None = None
-    for tag in events.Tags()["scalars"]:
-        seen: dict[int, int] = {}
-        for event in events.Scalars(tag):
-            begin = event.wall_time if begin is None else min(begin, event.wall_time)
-            seen[event.step] = seen.get(event.step, -1) + 1
-            row = rows.setdefault((event.step, seen[event.step]), {"step": event.step, "wall_time": event.wall_time})
-            row[tag] = event.value
-    for row in rows.values():
-        row.setdefault("seconds", row.pop("wall_time") - (begin or 0))
-    return [rows[key] for key in sorted(rows)]
-
-
-def _stages(file: Path) -> list[tuple[float, float]]:
-    """Samples and epochs at the end of each stage of a plan."""
-    try:
-        rows = read_metrics(file)
-        samples, epochs = ([row[name] for row in rows] for name in ("samples", "epochs"))
-        return list(zip(itertools.accumulate(samples), itertools.accumulate(epochs)))
-    except (OSError, ValueError, KeyError):
-        return []
-
-
-def _epochs(seen: list[tuple[float, float]], stages: list[tuple[float, float]] | None) -> list[tuple[float, float]]:
-    """Samples and completed epochs, points to interpolate between: of the plan, or of the epochs that are over."""
-    if stages:
-        return stages
-    ends: dict[float, float] = {}
-    for samples, epoch in seen:
-        ends[epoch] = max(samples, ends.get(epoch, 0))
-    points = [(samples, epoch + 1) for epoch, samples in sorted(ends.items())]
-    if len(points) > 2 and points[-1][0] > points[-2][0]:  # the last one may be under way: as fast as the one before
-        (x0, y0), (x1, y1), (x2, _) = points[-3:]
-        points[-1] = (x2, min(y1 + (y1 - y0) * (x2 - x1) / (x1 - x0), points[-1][1])) if x1 > x0 else points[-1]
-    elif len(points) == 2:
-        (x1, y1), (x2, y2) = points
-        points[-1] = (x2, min(y1 * x2 / x1, y2))
-    return points
-
-
-def _on_axes(rows: list[Row], epochs: list[tuple[float, float]]) -> list[Row]:
-    """Every row on every axis. What was written without a clock lies between the steps at which the clock was."""
-    rows = sorted((dict(row) for row in rows), key=lambda row: row["step"])
-    for name in _CLOCKS:
-        known = {row["step"]: row[name] for row in rows if name in row}
-        if not known:
-            continue
-        steps, values = [-1.0, *known], [0.0, *known.values()]
-        for row in rows:
-            if name not in row and row["step"] <= steps[-1]:
-                row[name] = float(np.interp(row["step"], steps, values))
-    for row in rows:
-        row["steps"] = row["step"] + 1
-        if "samples" in row and epochs:
-            row["epochs"] = float(np.interp(row["samples"], [0, *(x for x, _ in epochs)], [0, *(y for _, y in epochs)]))
-    return rows
 
 
 def _without_number(folder: Path, root: Path) -> str:
@@ -383,31 +288,25 @@ def _without_number(folder: Path, root: Path) -> str:
 
 def _join_resumed(runs: list[Run]) -> tuple[list[Run], list[str]]:
     """Put what a run logged before it was interrupted in front of what it logged when it went on from a checkpoint."""
-    by_folder = {run.folder.resolve(): run for run in runs}
-    joined: dict[Path, Run] = {}
-    superseded: set[Path] = set()
-    notes: list[str] = []
-
-    def whole(folder: Path, seen: frozenset[Path] = frozenset()) -> Run:
-        run = joined.get(folder) or by_folder[folder]
-        checkpoint = run.config.get("ckpt_path") if run.config is not None else None
-        if folder in joined or not checkpoint or folder in seen:
-            return run
-        parent = next((each for each in Path(checkpoint).resolve().parents if each in by_folder), None)
-        first = run.rows[0]["step"]
-        if parent is not None and parent != folder:
-            before = whole(parent, seen | {folder})
-            run = replace(run, rows=[row for row in before.rows if row["step"] < first] + run.rows)
-            run = replace(run, rows=_on_axes(run.rows, []))
-            if not before.ended:
-                superseded.add(parent)
-            notes.append(f"{run.name} goes on from a checkpoint of {before.name}; the two logs are joined.")
-        else:
+    at = {run.folder.resolve(): run for run in runs}
+    checkpoints = {folder: run.config["ckpt_path"] for folder, run in at.items() if run.config and run.config.get("ckpt_path")}
+    parents = {
+        folder: next((place for place in Path(checkpoint).resolve().parents if place in at and place != folder), None)
+        for folder, checkpoint in checkpoints.items()
+    }
+    joined, notes = dict(at), []
+    for folder, parent in parents.items():
+        run, line = at[folder], [folder]
+        if parent is None:
+            first = run.log["step"].min()
             notes.append(
                 f"{run.name} was resumed from a checkpoint: its log begins at step {first:,.0f}, what came before is not here."
             )
-        joined[folder] = run
-        return run
-
-    results = {folder: whole(folder) for folder in by_folder}
-    return [run for folder, run in results.items() if folder not in superseded], notes
+            continue
+        while (before := parents.get(line[-1])) and before not in line:
+            line.append(before)
+        log = reduce(replace_from, [at[place].log for place in reversed(line)]).reset_index(drop=True)
+        joined[folder] = replace(run, log=log)
+        notes.append(f"{run.name} goes on from a checkpoint of {at[parent].name}; the two logs are joined.")
+    superseded = {parent for parent in parents.values() if parent and not at[parent].ended}
+    return [run for folder, run in joined.items() if folder not in superseded], notes

@@ -1,7 +1,8 @@
 """Families of schedules: a schedule is a pure function of progress.
 
-The same families serve batch sizes (which the plan rounds up) and learning rates. A plain function ``progress -> float``
-may stand wherever a family does.
+The same families serve batch sizes (a plan rounds them up) and learning rates. A plain function ``progress -> float`` works
+wherever a schedule does. The families are those of Umeda & Iiduka 2025, *Increasing Both Batch Size and Learning Rate
+Accelerates SGD* (arXiv 2409.08770).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Real
 
 from lightning_bsl.schedules.progress import Progress, Unit, check_unit
 
@@ -17,10 +19,15 @@ Function = Callable[[Progress], float]
 
 
 def whole(length: int | float, total: Callable[[], int]) -> int:
-    """A length in whole units: an ``int`` as it is, a ``float`` below 1 as that fraction of the run, rounded up."""
+    """Return a length in whole units.
+
+    Args:
+        length: An ``int`` is returned as it is. A ``float`` below 1 is that fraction of the run, rounded up.
+        total: Returns the length of the run.
+    """
     if isinstance(length, int):
         return length
-    # a fraction is rounded up so that the run never has more stages than asked for; 0.1 * 300 is 30, not 31
+    # rounded up, so that the run has no more stages than asked for; 1e-9 is for rounding errors: 0.1 * 300 is 30, not 31
     return max(1, math.ceil(length * total() - 1e-9))
 
 
@@ -33,20 +40,35 @@ def check_length(name: str, length: int | float) -> None:
         )
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"`{name}={value!r})` is not a number: write an int or a float")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """Base class: a schedule has one pure method, [`value`][], of its own stage index.
+    """Base class of all schedules. A subclass defines one pure method, ``value``.
+
+    All schedules take the arguments below, as keywords.
 
     Args:
-        unit: The clock it reads: ``"epoch"``, ``"step"`` (optimizer steps), ``"samples"`` (examples consumed) or
-            ``"tokens"`` (samples times the tokens of one, where the data say how many those are).
-        every: How long one stage of the schedule lasts, in ``unit``: an ``int``, or a ``float`` below 1 for that fraction
-            of the run (0.1 of 300 epochs is 30 epochs).
+        unit: The clock that the schedule reads: ``"epoch"``, ``"step"`` (optimizer steps), ``"samples"`` (examples consumed)
+            or ``"tokens"`` (samples times the tokens of one sample; the data must have ``tokens_per_sample``).
+        every: Length of one stage, in ``unit``: an ``int``, or a ``float`` below 1 for that fraction of the run (0.1 of 300
+            epochs is 30 epochs).
         minimum: The value is never below this.
         maximum: The value is never above this.
 
     Raises:
-        ValueError: An unknown ``unit``, an ``every`` that is not a length, or ``minimum > maximum``.
+        ValueError: An unknown ``unit``, an ``every`` that is not a length, ``minimum > maximum``, or a value that is no number.
+
+    Example:
+        >>> class Sawtooth(Schedule):
+        ...     def value(self, progress):
+        ...         return 8.0 if self.stage(progress) % 2 else 16.0
+        >>> [Sawtooth(every=10)(Progress(epoch=epoch)) for epoch in (0, 10, 20)]
+        [16.0, 8.0, 16.0]
     """
 
     unit: Unit = "epoch"
@@ -55,13 +77,17 @@ class Schedule(ABC):
     maximum: float | None = None
 
     def __post_init__(self) -> None:
+        for argument in fields(self):
+            value = getattr(self, argument.name)
+            if argument.type == "float" or (argument.type == "float | None" and value is not None):
+                check_number(f"{type(self).__name__}({argument.name}", value)
         check_unit(self.unit)
         check_length("every", self.every)
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise ValueError(f"`minimum={self.minimum}` is above `maximum={self.maximum}`; swap them or drop one")
 
     def __call__(self, progress: Progress) -> float:
-        """The value at ``progress``, within ``minimum`` and ``maximum``."""
+        """Return the value at ``progress``, between ``minimum`` and ``maximum``."""
         value = self.value(progress)
         if self.minimum is not None:
             value = max(value, self.minimum)
@@ -69,14 +95,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def value(self, progress: Progress) -> float:
-        """The value at ``progress``, before ``minimum`` and ``maximum``."""
+        """Return the value at ``progress``, before ``minimum`` and ``maximum`` are applied."""
 
     def stage(self, progress: Progress) -> int:
-        """The index m = 0, 1, ... of the schedule's stage at ``progress``."""
+        """Return the index m = 0, 1, ... of the schedule's stage at ``progress``."""
         return progress.count(self.unit) // self._every(progress)
 
     def next_change(self, progress: Progress) -> int | None:
-        """The reading of the schedule's clock at which the value may next change, ``None`` for never."""
+        """Return the next reading of the schedule's clock at which the value may change; ``None`` for never."""
         return (self.stage(progress) + 1) * self._every(progress)
 
     def _every(self, progress: Progress) -> int:
@@ -87,6 +113,9 @@ class Schedule(ABC):
 class Constant(Schedule):
     """The same value throughout.
 
+    Args:
+        start: The value.
+
     Example:
         >>> Constant(128)(Progress(epoch=7))
         128
@@ -95,21 +124,24 @@ class Constant(Schedule):
     start: float
 
     def value(self, progress: Progress) -> float:
-        """``start``."""
+        """Return ``start``."""
         return self.start
 
     def next_change(self, progress: Progress) -> int | None:
-        """Never."""
+        """Return ``None``: the value never changes."""
         return None
 
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """``start * factor**m``: the growth of P1 (iii), P2 and P3 (b_0 delta^m and eta_0 gamma^m).
+    """``start * factor**m``, where m is the stage.
+
+    This is the growth b_0 delta^m of the batch size and eta_0 gamma^m of the learning rate of case (iii) of Umeda & Iiduka
+    (arXiv 2409.08770). The same authors use it in arXiv 2508.05297 and 2508.05302.
 
     Args:
         start: The value of stage 0.
-        factor: The growth per stage (delta for a batch size, gamma for a learning rate); below 1 it decays.
+        factor: Growth per stage: delta for a batch size, gamma for a learning rate. Below 1 the value decays.
 
     Raises:
         ValueError: A ``factor`` that is not positive and finite.
@@ -131,7 +163,7 @@ class Exponential(Schedule):
             )
 
     def value(self, progress: Progress) -> float:
-        """``start * factor**m``."""
+        """Return ``start * factor**m``."""
         try:
             return self.start * self.factor ** self.stage(progress)
         except OverflowError:
@@ -140,12 +172,15 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """``(start + slope * m)**power``: the polynomial batch growth of P1 (``power=1`` is linear).
+    """``(start + slope * m)**power``, where m is the stage: the polynomial batch growth of arXiv 2409.08770.
 
     Args:
-        start: b_0 of the formula; the value of stage 0 is ``start**power``.
-        slope: a of the formula, the growth of the base per stage.
-        power: c of the formula.
+        start: b_0 of the paper; the value of stage 0 is ``start**power``.
+        slope: a of the paper, the growth of the base per stage.
+        power: c of the paper; 1 is linear growth.
+
+    Raises:
+        ValueError: When called: the base ``start + slope * m`` is not above 0.
 
     Example:
         >>> [Polynomial(8, slope=4, every=10)(Progress(epoch=epoch)) for epoch in (0, 10, 20)]
@@ -157,7 +192,7 @@ class Polynomial(Schedule):
     power: float = 1
 
     def value(self, progress: Progress) -> float:
-        """``(start + slope * m)**power``."""
+        """Return ``(start + slope * m)**power``."""
         base = self.start + self.slope * self.stage(progress)
         if base <= 0:
             raise ValueError(
@@ -169,7 +204,10 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class Diminishing(Schedule):
-    """``start / sqrt(t + 1)``: the diminishing learning rate of P1; t counts optimizer steps by default.
+    """``start / sqrt(t + 1)``: the diminishing learning rate of arXiv 2409.08770. By default t counts optimizer steps.
+
+    Args:
+        start: The value at t = 0.
 
     Example:
         >>> Diminishing(0.1)(Progress(step=3))
@@ -180,13 +218,13 @@ class Diminishing(Schedule):
     unit: Unit = field(default="step", kw_only=True)
 
     def value(self, progress: Progress) -> float:
-        """``start / sqrt(t + 1)``."""
+        """Return ``start / sqrt(t + 1)``."""
         return self.start / math.sqrt(self.stage(progress) + 1)
 
 
 @dataclass(frozen=True)
 class _Decay(Schedule):
-    """A decay from ``start`` to ``end`` over ``total`` units (the whole run if ``None``)."""
+    """A decay from ``start`` to ``end`` over ``total`` units, or over the whole run if ``total`` is ``None``."""
 
     start: float
     end: float = 0.0
@@ -195,24 +233,29 @@ class _Decay(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.total is not None and self.total < 1:
-            raise ValueError(f"`total={self.total}` is not a length: write an int of 1 or more, or leave it out (the run)")
+            raise ValueError(
+                f"`total={self.total}` is not a length: write an int of 1 or more, or leave it out to decay over the whole run"
+            )
 
     def fraction(self, progress: Progress) -> float:
-        """The share of the decay that lies behind, 0 to 1."""
+        """Return the fraction of the decay that is done, 0 to 1."""
         total = self.total or progress.horizon.total(self.unit)
         return min(1.0, self.stage(progress) * self._every(progress) / total)
 
 
 @dataclass(frozen=True)
 class Cosine(_Decay):
-    """``end + (start - end) / 2 * (1 + cos(pi m / M))``: cosine annealing; m counts epochs by default, as in P1.
+    """``end + (start - end) / 2 * (1 + cos(pi m / M))``: cosine annealing. By default m counts epochs (arXiv 2409.08770).
 
-    With ``unit="samples"`` it follows the budget of examples, so it ends where it should however the batch size changes.
+    With ``unit="samples"`` it ends with the last example of the run, however the batch size changes.
 
     Args:
-        start: eta_max.
-        end: eta_min.
-        total: M; the run's length in ``unit`` by default.
+        start: eta_max, the value at the start.
+        end: eta_min, the value at the end.
+        total: M, the length of the decay in ``unit``; by default the length of the run.
+
+    Raises:
+        ValueError: A ``total`` below 1. When called: no ``total``, and the length of the run in ``unit`` is not known.
 
     Example:
         >>> Cosine(0.1, total=10)(Progress(epoch=5))
@@ -220,19 +263,22 @@ class Cosine(_Decay):
     """
 
     def value(self, progress: Progress) -> float:
-        """The annealed value."""
+        """Return the annealed value."""
         return self.end + (self.start - self.end) / 2 * (1 + math.cos(math.pi * self.fraction(progress)))
 
 
 @dataclass(frozen=True)
 class PolynomialDecay(_Decay):
-    """``(start - end) * (1 - t/T)**power + end``: the polynomial decay of P1; t counts optimizer steps by default.
+    """``(start - end) * (1 - t/T)**power + end``: polynomial decay (arXiv 2409.08770). By default t counts optimizer steps.
 
     Args:
-        start: eta_max.
-        end: eta_min.
-        total: T; the run's length in ``unit`` by default.
-        power: p; 1 is the "linear" decay.
+        start: eta_max, the value at the start.
+        end: eta_min, the value at the end.
+        total: T, the length of the decay in ``unit``; by default the length of the run.
+        power: p of the paper; 1 is linear decay.
+
+    Raises:
+        ValueError: A ``total`` below 1. When called: no ``total``, and the length of the run in ``unit`` is not known.
 
     Example:
         >>> PolynomialDecay(0.1, total=100)(Progress(step=75))
@@ -243,17 +289,17 @@ class PolynomialDecay(_Decay):
     unit: Unit = field(default="step", kw_only=True)
 
     def value(self, progress: Progress) -> float:
-        """The decayed value."""
+        """Return the decayed value."""
         return float((self.start - self.end) * (1 - self.fraction(progress)) ** self.power + self.end)
 
 
 @dataclass(frozen=True)
 class Milestones(Schedule):
-    """Given values between given milestones.
+    """A list of values, and the milestones at which the value changes.
 
     Args:
         values: The values, one more than there are milestones.
-        at: The milestones in ``unit``, increasing; ``values[i + 1]`` holds from ``at[i]`` on.
+        at: The milestones in ``unit``, in increasing order; ``values[i + 1]`` holds from ``at[i]`` on.
 
     Raises:
         ValueError: Milestones that do not increase, or a wrong number of values.
@@ -269,44 +315,46 @@ class Milestones(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("values", "at"):  # a frozen, hashable schedule, also from lists in a config
+        for name in ("values", "at"):  # tuples, so that a schedule made from lists can be hashed too
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for value in self.values:
+            check_number("Milestones(values", value)
         if len(self.values) != len(self.at) + 1:
             raise ValueError(
-                f"{len(self.at)} milestones cut a run in {len(self.at) + 1} stretches, but there are {len(self.values)} "
-                f"values; `values={self.values}`, `at={self.at}`"
+                f"{len(self.at)} milestones need {len(self.at) + 1} values, but `values={self.values}` has "
+                f"{len(self.values)}, for `at={self.at}`: write one value more than there are milestones"
             )
         if any(b <= a for a, b in zip((0, *self.at), self.at)):
-            raise ValueError(f"`at={self.at}` must increase, from 1 or more")
+            raise ValueError(f"`at={self.at}` must increase, from 1 or more: write whole numbers in increasing order")
         if self.every != 1:
-            raise ValueError(f"Milestones have no `every` (got {self.every}); the milestones `at` say when")
+            raise ValueError(f"Milestones have no `every` (got {self.every}): leave it out, and write the milestones in `at`")
 
     def value(self, progress: Progress) -> float:
-        """The value of the stretch in which ``progress`` lies."""
+        """Return the value between the milestones before and after ``progress``."""
         count = progress.count(self.unit)
         return self.values[sum(count >= milestone for milestone in self.at)]
 
     def next_change(self, progress: Progress) -> int | None:
-        """The next milestone."""
+        """Return the next milestone."""
         return next((milestone for milestone in self.at if milestone > progress.count(self.unit)), None)
 
 
 @dataclass(frozen=True)
 class Warmup(Schedule):
-    """Geometric warm-up to the first value of another schedule, then that schedule: P1 (iv).
+    """A geometric warm-up to the first value of another schedule, then that schedule: case (iv) of arXiv 2409.08770.
 
-    With w = ``over`` and i = ``every`` the warm-up has w/i stages, ``start * gamma**m`` with
-    ``gamma = (then(0) / start)**(i / (w - i))``, as the authors set it: its last stage has the value from which ``then`` goes
-    on.
+    With w = ``over`` and i = ``every`` the warm-up has w/i stages. The value of stage m is ``start * gamma**m`` with
+    ``gamma = (then(0) / start)**(i / (w - i))``, as the authors set it. So the last stage has the first value of ``then``.
 
     Args:
         start: The value of stage 0.
-        then: The schedule after the warm-up. Its clock starts, and its share of the run is counted, when the warm-up ends,
-            so it must read the same clock (or be constant).
-        over: The warm-up's length in ``unit``: an ``int``, or a ``float`` below 1 for that fraction of the run.
+        then: The schedule after the warm-up. Its clock starts at 0 when the warm-up ends, and a fraction of the run is a
+            fraction of the rest. So it must read the same clock as the warm-up, or be constant.
+        over: Length of the warm-up in ``unit``: an ``int``, or a ``float`` below 1 for that fraction of the run.
 
     Raises:
-        ValueError: ``then`` reads another clock, ``over`` is no length, or (when evaluated) is not below the run's length.
+        ValueError: ``then`` reads another clock; ``over`` is not a length; ``start`` is not above 0. When called: the run is
+            not longer than the warm-up, or the first value of ``then`` is not above 0.
 
     Example:
         >>> lr = Warmup(0.1, then=Constant(0.2), over=30, every=3)
@@ -323,15 +371,16 @@ class Warmup(Schedule):
         check_length("over", self.over)
         if isinstance(self.then, Schedule) and not isinstance(self.then, Constant) and self.then.unit != self.unit:
             raise ValueError(
-                f"the warm-up counts in unit {self.unit!r} but what follows it in {self.then.unit!r}: its clock starts when "
-                f"the warm-up ends, which is not known in another unit. Write `unit={self.then.unit!r}` for the warm-up "
-                f"(with `over` and `every` in that unit), or `unit={self.unit!r}` for {type(self.then).__name__}"
+                f"the warm-up counts in unit {self.unit!r}, but the schedule after it counts in {self.then.unit!r}. Its clock "
+                f"starts when the warm-up ends, and that moment is not known in another unit. Write `unit={self.then.unit!r}` "
+                f"for the warm-up (with `over` and `every` in that unit), or `unit={self.unit!r}` for "
+                f"{type(self.then).__name__}"
             )
         if not self.start > 0:
             raise ValueError(f"a geometric warm-up cannot start from {self.start}; write a `start` above 0")
 
     def value(self, progress: Progress) -> float:
-        """``start * gamma**m`` during the warm-up, then ``then``."""
+        """Return ``start * gamma**m`` during the warm-up, and the value of ``then`` after it."""
         over, every = self._over(progress), self._every(progress)
         count = progress.count(self.unit)
         if count >= over:
@@ -340,17 +389,19 @@ class Warmup(Schedule):
         return self.start * factor ** (count // every)
 
     def factor(self, progress: Progress) -> float:
-        """gamma, the growth per stage of the warm-up."""
+        """Return gamma, the growth per stage of the warm-up."""
         over, every = self._over(progress), self._every(progress)
-        # what `then` says at the warm-up's end: its clock in `unit` at 0, whatever the others read
+        # the first value of `then`: its clock in `unit` reads 0, whatever the other clocks read
         peak = self.then(Progress(horizon=progress.since(over, self.unit).horizon))
         if not peak > 0:
-            raise ValueError(f"a geometric warm-up cannot reach {peak}, the first value of {self.then}; raise it above 0")
+            raise ValueError(
+                f"a geometric warm-up cannot reach {peak}, the first value of {self.then}: write a first value above 0"
+            )
         last = -(-over // every) - 1
         return float((peak / self.start) ** (1 / last)) if last else 1.0
 
     def next_change(self, progress: Progress) -> int | None:
-        """The next stage of the warm-up, then the next change of ``then``."""
+        """Return the start of the next stage of the warm-up, and after the warm-up the next change of ``then``."""
         over = self._over(progress)
         if progress.count(self.unit) < over:
             return min(over, super().next_change(progress) or over)

@@ -1,4 +1,8 @@
-"""Batch size and learning rate together: one record, one lookup."""
+"""Batch size and learning rate together.
+
+The bound behind the warnings is that of Umeda & Iiduka 2025 (arXiv 2409.08770); the optimal growth is that of the same
+authors in arXiv 2508.05297.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,15 @@ from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScal
 
 
 class BatchLR(NamedTuple):
-    """What one optimizer step is taken with.
+    """Batch size and learning rate of one optimizer step.
 
     Args:
         batch_size: Examples of the step, over all processes and micro-batches.
-        lr: Learning rate, ``None`` where it is left to the module.
+        lr: Learning rate; ``None`` if the module sets it.
+
+    Example:
+        >>> JointSchedule(128, 0.1)(Progress())
+        BatchLR(batch_size=128, lr=0.1)
     """
 
     batch_size: int
@@ -24,16 +32,17 @@ class BatchLR(NamedTuple):
 
 
 def sfo_exponent(delta: float, gamma: float) -> float:
-    """The exponent p in SFO ~ eps^-p, the samples that growth takes to a gradient norm eps (derived here from P1's bound).
+    """The exponent p in SFO ~ eps^-p, where SFO counts the samples until the gradient norm is eps.
 
-    It is smallest, 4, at gamma = sqrt(delta), there with a logarithmic factor: the optimal growth of P2.
+    It is derived here from the bound of arXiv 2409.08770. It is smallest, 4, at gamma = sqrt(delta), there with a logarithmic
+    factor; this is the optimal growth of arXiv 2508.05297.
 
     Args:
-        delta: Growth of the batch size per stage, above 1. A stage is a number of steps.
+        delta: Growth of the batch size per stage, above 1. A stage is a fixed number of steps.
         gamma: Growth of the learning rate per stage, above 1.
 
     Returns:
-        ``inf`` for ``gamma >= delta``, where the noise does not vanish.
+        The exponent; ``inf`` for ``gamma >= delta``, where the noise does not vanish.
 
     Raises:
         ValueError: ``delta`` or ``gamma`` not above 1.
@@ -43,7 +52,7 @@ def sfo_exponent(delta: float, gamma: float) -> float:
         True
     """
     if not (delta > 1 and gamma > 1):
-        raise ValueError(f"growth needs factors above 1, but `delta={delta}`, `gamma={gamma}`")
+        raise ValueError(f"`delta={delta}`, `gamma={gamma}`: growth needs factors above 1; write numbers above 1")
     if gamma >= delta:
         return math.inf
     return 2 * math.log(delta) / min(math.log(gamma), math.log(delta / gamma))
@@ -57,7 +66,8 @@ class JointSchedule:
         batch_size: An ``int``, a schedule, or a function ``progress -> float``; rounded up to whole examples.
         lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
             ``None`` to leave the learning rate to the module.
-        largest: Where batch sizes are decided while training: the largest there may be. Such a schedule cannot be planned.
+        largest: The largest batch size of a schedule whose batch sizes are measured while training. Such a schedule has no
+            plan before the run.
 
     Raises:
         TypeError: An argument of another type.
@@ -86,7 +96,9 @@ class JointSchedule:
             if not callable(value):
                 object.__setattr__(self, name, Constant(value))
         if isinstance(self.batch_size, ScalingRule):
-            raise TypeError(f"`batch_size={self.batch_size}` is a rule for learning rates; write a schedule of progress")
+            raise TypeError(
+                f"`batch_size={self.batch_size}` is a rule for learning rates; write a schedule of progress, or an int"
+            )
 
     def __call__(self, progress: Progress) -> BatchLR:
         """Batch size and learning rate at ``progress``."""
@@ -101,7 +113,7 @@ class JointSchedule:
                 f"the batch size is {value} at {_when(progress)}, but a step needs at least 1 example and a finite number of "
                 f"them: change {self.batch_size}, or bound it with `minimum=1` and `maximum=...`"
             )
-        return math.ceil(value * (1 - 1e-12))  # 8 * 1.1**10 * ... is not to be rounded up for its last bit
+        return math.ceil(value * (1 - 1e-12))  # a rounding error in the last bit must not add an example
 
     def lr_at(self, progress: Progress, batch_size: int) -> float | None:
         """The learning rate at ``progress`` for a step of ``batch_size`` examples."""
@@ -116,7 +128,7 @@ class JointSchedule:
         return float(value)
 
     def warn_of(self) -> str | None:
-        """What theory says against this growth, or ``None``: gamma^2 >= delta (P1, P2)."""
+        """A warning if the learning rate grows too fast for the batch size (gamma^2 >= delta), else ``None``."""
         growth = self.growth()
         if growth is None:
             return None
@@ -125,20 +137,22 @@ class JointSchedule:
         remedy = f"Write gamma below sqrt(delta) = {math.sqrt(delta):.6g}"
         if math.isclose(gamma**2, delta, rel_tol=1e-9):
             return (
-                f"{what}: gamma^2 = delta, the limit of P1's condition gamma^2 < delta. To reach a gradient norm eps takes "
-                f"samples ~ eps^-4 times a logarithm, which is the best exponent there is. {remedy} for P1's bound to hold."
+                f"{what}: gamma^2 = delta, the limit of the condition gamma^2 < delta of Umeda & Iiduka (arXiv 2409.08770). To "
+                f"reach a gradient norm eps takes samples ~ eps^-4 times a logarithm; no other growth has a smaller exponent. "
+                f"{remedy} to meet the condition."
             )
         if gamma**2 > delta:
             exponent = sfo_exponent(delta, gamma)
-            samples = f"samples ~ eps^-{exponent:.3g}" if math.isfinite(exponent) else "any number of samples, it may never do"
+            cost = f"takes samples ~ eps^-{exponent:.3g}," if math.isfinite(exponent) else "may never be reached,"
             return (
-                f"{what}: gamma^2 = {gamma**2:.6g} is above delta, so the gradient noise outgrows the batch (P1 asks for "
-                f"gamma^2 < delta). To reach a gradient norm eps then takes {samples}, against eps^-4 at best. {remedy}."
+                f"{what}: gamma^2 = {gamma**2:.6g} is above delta, so the gradient noise grows faster than the batch averages "
+                f"it out (Umeda & Iiduka, arXiv 2409.08770, ask for gamma^2 < delta). A gradient norm eps then {cost} "
+                f"against eps^-4 at best. {remedy}."
             )
         return None
 
     def growth(self) -> tuple[float, float] | None:
-        """(delta, gamma) per stage of the batch size where both grow geometrically."""
+        """Delta and gamma per stage of the batch size, if both grow geometrically, else ``None``."""
         batch, lr = self.batch_size, self.lr
         if not (isinstance(batch, Exponential) and batch.factor > 1):
             return None
@@ -152,15 +166,15 @@ class JointSchedule:
         return None
 
     def batch_steps_to_change(self, progress: Progress, batch_size: int) -> float:
-        """For how many steps from ``progress`` the batch size is sure to stay, ``inf`` for the rest of the epoch."""
+        """The number of steps from ``progress`` in which the batch size cannot change; ``inf`` for the rest of the epoch."""
         return _steps_to_change(self.batch_size, progress, batch_size)
 
     def lr_steps_to_change(self, progress: Progress, batch_size: int) -> tuple[float, bool]:
-        """For how many steps of one batch size the learning rate is sure to stay.
+        """The number of steps from ``progress``, all of one batch size, that belong to one stage of the learning rate.
 
         Returns:
-            The number of steps, ``inf`` for the rest of the epoch, and whether the learning rate changes at every step, which
-            counts as staying.
+            The number of steps (``inf`` for the rest of the epoch), and whether the learning rate changes at every step. A
+            rate that changes at every step does not end a stage.
         """
         if isinstance(self.lr, ScalingRule):
             return math.inf, False

@@ -1,4 +1,4 @@
-"""Stages that measurements decide on while a model trains, as a schedule like any other."""
+"""A schedule of stages that were decided by measurements while the model trains."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_bsl.schedules.scaling import ScalingRule
 
 
 class Segment(NamedTuple):
-    """A stretch of the run with constant batch size and learning rate.
+    """A part of the run with constant batch size and learning rate.
 
     Args:
-        start: Samples at its start.
+        start: Samples consumed before it.
         batch_size: Examples of a step.
-        lr: Learning rate, ``None`` if left to the module.
+        lr: Learning rate; ``None`` if the module sets it.
     """
 
     start: int
@@ -25,12 +25,12 @@ class Segment(NamedTuple):
 
 
 def measured_stages(segments: Sequence[Segment], largest: int, rule: ScalingRule | None = None) -> JointSchedule:
-    """The stages that were decided on so far, the last one without an end.
+    """A schedule of the stages so far. The last stage has no end.
 
     Args:
-        segments: One after another, the first from sample 0 on.
-        largest: The largest batch size that may be decided on.
-        rule: Gives the learning rates, where they are not those of the segments.
+        segments: The stages in their order; the first starts at sample 0.
+        largest: The largest batch size that the run may grow to.
+        rule: Gives the learning rates in place of those of the segments.
 
     Example:
         >>> from lightning_bsl.schedules import Progress
@@ -38,11 +38,11 @@ def measured_stages(segments: Sequence[Segment], largest: int, rule: ScalingRule
         >>> [schedule(Progress(samples=samples)) for samples in (72, 80)]
         [BatchLR(batch_size=8, lr=0.1), BatchLR(batch_size=16, lr=0.14)]
     """
-    at = [segment.start for segment in segments[1:]]
+    milestones = [segment.start for segment in segments[1:]]
 
-    def follow(values: list[Any]) -> Milestones | Constant:
-        return Milestones(values, at=at, unit="samples") if at else Constant(values[0])
+    def schedule(values: list[Any]) -> Milestones | Constant:
+        return Milestones(values, at=milestones, unit="samples") if milestones else Constant(values[0])
 
     rates = [segment.lr for segment in segments]
-    lr = None if rates[0] is None else follow(rates)
-    return JointSchedule(follow([segment.batch_size for segment in segments]), rule or lr, largest)
+    lr = None if rates[0] is None else schedule(rates)
+    return JointSchedule(schedule([segment.batch_size for segment in segments]), rule or lr, largest)

@@ -1,4 +1,4 @@
-"""The dry run: what a schedule does to a data set, before it happens."""
+"""The plan of a run: its batch sizes, learning rates and steps, known before the run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ from lightning_bsl.schedules.progress import Horizon, Progress
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch with constant batch size and learning rate.
+    """A part of a run with constant batch size and learning rate.
 
-    A rate that changes at every optimizer step does not end a stage; it goes from ``lr`` to ``last_lr``.
+    A learning rate that changes at every optimizer step does not end a stage. It goes from ``lr`` to ``last_lr``.
 
     Args:
         stage: Index, from 0.
-        first_epoch: Where the stage begins, in epochs.
-        epochs: Its length in epochs.
-        steps: Its length in optimizer steps.
-        samples: Its length in examples; a short last batch of an epoch counts what it holds.
-        batch_size: Of one optimizer step: its examples, or what a `Measure` counts of them.
-        lr: Learning rate of its first step, ``None`` if left to the module.
-        last_lr: Learning rate of its last step.
+        first_epoch: Start of the stage, in epochs.
+        epochs: Length in epochs.
+        steps: Length in optimizer steps.
+        samples: Length in examples; a short last batch counts the examples that it holds.
+        batch_size: Batch size of one optimizer step, in examples (or in tokens, where batch sizes count tokens).
+        lr: Learning rate of the first step; ``None`` if the module sets it.
+        last_lr: Learning rate of the last step.
+
+    Example:
+        >>> stage, *_ = plan(JointSchedule(8, 0.1), 100, epochs=2).stages
+        >>> stage.steps, stage.samples, stage.batch_size, stage.lr
+        (26, 200, 8, 0.1)
     """
 
     stage: int
@@ -45,7 +50,7 @@ class Stage:
     last_lr: float | None
 
     def join(self, after: Stage) -> Stage:
-        """This stage and the one that follows it as one, with this one's index, start and batch size."""
+        """Join this stage and the next one. Index, start and batch size are those of this stage."""
         return replace(
             self,
             epochs=self.epochs + after.epochs,
@@ -56,16 +61,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Steps of one epoch with the same batch size, and the same learning rate unless ``every_step``.
+class Stretch:
+    """Consecutive steps of one epoch with the same batch size, and the same learning rate unless ``every_step``.
 
     Args:
         start: The clock before the first step.
-        steps: Optimizer steps.
-        examples: Examples of all of them; fewer than ``steps * batch_size`` where the last is the epoch's short one.
-        batch_size: Of one optimizer step: its examples, or what a `Measure` counts of them.
+        steps: Number of optimizer steps.
+        examples: Number of examples of all steps; fewer than ``steps * batch_size`` if the last step is short.
+        batch_size: Batch size of one optimizer step, in examples or in the unit of a ``Measure``.
         every_step: Whether the learning rate changes at every step.
-        sizes: The examples of each step, where the batch size is no number of examples.
+        sizes: The examples of each step, if the batch size does not count examples.
     """
 
     start: Progress
@@ -76,10 +81,10 @@ class Run:
     sizes: tuple[int, ...] | None = None
 
     def kinds(self) -> Iterator[tuple[int, int]]:
-        """The examples of a step, and how many steps have as many, one after another; none with no examples."""
+        """Pairs of a number of examples and how many steps in a row have it. Steps without examples are left out."""
         rest = self.examples - (self.steps - 1) * self.batch_size
-        same = ((self.batch_size, self.steps - 1), (rest, 1)) if self.sizes is None else ((size, 1) for size in self.sizes)
-        return ((size, number) for size, number in same if size and number)
+        pairs = ((self.batch_size, self.steps - 1), (rest, 1)) if self.sizes is None else ((size, 1) for size in self.sizes)
+        return ((size, number) for size, number in pairs if size and number)
 
     def examples_of(self, steps: int) -> int:
         """Examples of the first ``steps`` steps."""
@@ -87,13 +92,13 @@ class Run:
             return sum(self.sizes[:steps])
         return min(steps * self.batch_size, self.examples)
 
-    def over(self, examples: int) -> Run:
-        """The first steps, over ``examples`` examples."""
+    def over(self, examples: int) -> Stretch:
+        """The steps that take the first ``examples`` examples."""
         steps = self.steps_over(examples)
         return replace(self, steps=steps, examples=examples, sizes=None if self.sizes is None else self.sizes[:steps])
 
     def steps_over(self, examples: int) -> int:
-        """The first steps that it takes to get over ``examples`` examples."""
+        """The number of steps that take the first ``examples`` examples."""
         if self.sizes is None:
             return -(-examples // self.batch_size)
         ends = list(itertools.accumulate(self.sizes))
@@ -102,48 +107,57 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run.
+    """The stages of a run, made by [`plan`][lightning_bsl.schedules.plan].
 
     Args:
-        stages: One after another.
+        stages: The stages in their order.
         num_examples: Examples of one epoch.
-        horizon: The run's length in each unit.
-        schedule: What was planned.
-        runs: Of each stage its runs of equal steps, epoch by epoch.
+        horizon: Length of the run in each unit.
+        schedule: The schedule that was planned.
+        stretches: For each stage its stretches of equal steps, epoch by epoch.
+
+    Example:
+        >>> growing = plan(JointSchedule(Exponential(8, factor=2, every=1)), 100, epochs=3)
+        >>> growing.epochs, growing.steps, growing.samples
+        (3.0, 24, 300)
     """
 
     stages: tuple[Stage, ...]
     num_examples: int
     horizon: Horizon
     schedule: JointSchedule = field(repr=False)
-    runs: tuple[tuple[Run, ...], ...] = field(repr=False, compare=False)
+    stretches: tuple[tuple[Stretch, ...], ...] = field(repr=False, compare=False)
 
     @property
     def epochs(self) -> float:
-        """Epochs in all."""
+        """Length of the run in epochs."""
         return round(self.stages[-1].first_epoch + self.stages[-1].epochs, 5)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """Length of the run in optimizer steps."""
         return sum(stage.steps for stage in self.stages)
 
     @property
     def samples(self) -> int:
-        """Examples in all."""
+        """Length of the run in examples."""
         return sum(stage.samples for stage in self.stages)
 
-    def runs_of_epochs(self) -> Iterator[tuple[Run, int]]:
-        """All runs, each with the examples of its epoch that lie before it."""
+    def stretches_of_epochs(self) -> Iterator[tuple[Stretch, int]]:
+        """All stretches, each with the number of examples before it in its epoch."""
         epoch, behind = -1, 0
-        for run in itertools.chain.from_iterable(self.runs):
-            if run.start.epoch != epoch:
-                epoch, behind = run.start.epoch, 0
-            yield run, behind
-            behind += run.examples
+        for stretch in itertools.chain.from_iterable(self.stretches):
+            if stretch.start.epoch != epoch:
+                epoch, behind = stretch.start.epoch, 0
+            yield stretch, behind
+            behind += stretch.examples
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one row per stage."""
+        """Write a CSV file with one row per stage.
+
+        Args:
+            path: The file.
+        """
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Stage)])
             writer.writeheader()
@@ -151,22 +165,23 @@ class Plan:
 
 
 class Beside(NamedTuple):
-    """The loaders that are trained on beside the scheduled one, a batch of each in every step.
+    """The other training loaders of a ``CombinedLoader``. Every step takes one batch of each.
 
     Args:
-        lengths: Batches of one pass over each.
-        mode: What ends an epoch, as of Lightning's ``CombinedLoader``: ``"min_size"`` the shortest loader; ``"max_size"`` the
-            longest, the others having no batch any more; ``"max_size_cycle"`` the longest, the others beginning again.
+        lengths: Number of batches of each loader.
+        mode: What ends an epoch, as in Lightning's ``CombinedLoader``: ``"min_size"`` the shortest loader; ``"max_size"`` the
+            longest, and a shorter one then gives no more batches; ``"max_size_cycle"`` the longest, and a shorter one starts
+            again.
     """
 
     lengths: tuple[int, ...] = ()
     mode: str = "max_size_cycle"
 
     def steps(self, steps: int, limit_batches: float) -> int:
-        """Steps of an epoch in which one pass over the scheduled loader has ``steps``.
+        """The number of steps of an epoch.
 
         Args:
-            steps: Of one pass.
+            steps: Steps of one pass over the scheduled loader.
             limit_batches: As Lightning's ``limit_train_batches``: an ``int`` number of steps, or a fraction of them.
         """
         lengths = (steps, *self.lengths)
@@ -175,13 +190,13 @@ class Beside(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """What batch sizes count, where these are not examples: each example has its own number of it.
+    """The unit of batch sizes that do not count examples, such as tokens. Each example has its own number of units.
 
     Args:
-        unit: Its name, such as tokens.
-        total: From an epoch to how much of it a pass has.
-        take: From an epoch, the examples of it that came before, and a batch size to the examples of the step: so many that
-            they have as much or more, or all that are left. 0 where these are left out.
+        unit: Name of the unit.
+        total: ``total(epoch)`` returns the units of one pass over the data.
+        take: ``take(epoch, behind, batch_size)`` returns the number of examples of the step after the first ``behind``
+            examples. They have ``batch_size`` units or more, or they are all that are left; 0 if the rest is left out.
     """
 
     unit: str
@@ -189,12 +204,12 @@ class Measure(NamedTuple):
     take: Callable[[int, int, int], int]
 
 
-# For an epoch whose batch size is asked once, at its start: a batch size to the epoch's optimizer steps and examples.
+# For loaders whose batch size changes only between epochs: batch size -> optimizer steps and examples of an epoch.
 EpochLength = Callable[[int], tuple[int, int]]
-_Cutter = Callable[[JointSchedule, Progress], list[Run]]
+_EpochStretches = Callable[[JointSchedule, Progress], list[Stretch]]
 
 
-def runs(
+def stretches_of_epoch(
     schedule: JointSchedule,
     start: Progress,
     num_examples: int,
@@ -202,50 +217,51 @@ def runs(
     drop_last: bool = False,
     beside: Beside = Beside(),  # noqa: B008 (immutable)
     measure: Measure | None = None,
-) -> list[Run]:
-    """One epoch of ``num_examples`` examples from ``start``, in runs of equal steps.
+) -> list[Stretch]:
+    """Divide one epoch into stretches of equal steps.
 
     Args:
         schedule: Batch size and learning rate.
         start: The clock at the start of the epoch.
         num_examples: Examples of one pass over the data.
         limit_batches: As Lightning's ``limit_train_batches``: an ``int`` number of steps, or a fraction of them.
-        drop_last: Whether a pass ends before a step that would be short.
-        beside: Loaders that are trained on in the same steps.
-        measure: What batch sizes count, where these are not examples; not with other loaders. It answers for ``drop_last`` too.
+        drop_last: Whether a short last step of a pass is left out.
+        beside: The other training loaders.
+        measure: The unit of batch sizes, if it is not examples. It must apply ``drop_last`` itself, and it does not work with
+            other loaders.
 
     Raises:
         ValueError: A batch size above ``num_examples``, or an error of the schedule.
     """
     if measure is None:
-        found = _one_pass(schedule, start, num_examples, drop_last, None)
+        stretches = _one_pass(schedule, start, num_examples, drop_last, None)
     else:
-        found = _one_measured_pass(schedule, start, num_examples, measure)
-    total = sum(run.steps for run in found)
+        stretches = _one_measured_pass(schedule, start, num_examples, measure)
+    total = sum(stretch.steps for stretch in stretches)
     kept = beside.steps(total, limit_batches)
     if kept < 1:
         raise ValueError(f"`limit_batches={limit_batches}` leaves no step of epoch {start.epoch}, which has {total}; raise it")
-    while total < kept:  # a loader beside this one is longer
-        last = found[-1]
+    while total < kept:  # another loader is longer
+        last = stretches[-1]
         progress = last.start.advance(last.examples, last.steps)
         if beside.mode == "max_size":
             size = size_at(schedule, progress, num_examples, last.batch_size)
-            found.append(Run(progress, 1, 0, size, every_step=False))
+            stretches.append(Stretch(progress, 1, 0, size, every_step=False))
             total += 1
         else:
-            again = _one_pass(schedule, progress, num_examples, drop_last, last.batch_size)
-            found += again
-            total += sum(run.steps for run in again)
-    return _cut(found, kept)
+            next_pass = _one_pass(schedule, progress, num_examples, drop_last, last.batch_size)
+            stretches += next_pass
+            total += sum(stretch.steps for stretch in next_pass)
+    return _first_steps(stretches, kept)
 
 
 def _one_pass(
     schedule: JointSchedule, progress: Progress, num_examples: int, drop_last: bool, previous: int | None
-) -> list[Run]:
-    found: list[Run] = []
+) -> list[Stretch]:
+    stretches: list[Stretch] = []
     left = num_examples
     while left:
-        batch_size = size_at(schedule, progress, num_examples, found[-1].batch_size if found else previous)
+        batch_size = size_at(schedule, progress, num_examples, stretches[-1].batch_size if stretches else previous)
         until, every_step = schedule.lr_steps_to_change(progress, batch_size)
         most, steps, clock = min(until, -(-left // batch_size)), 0, progress
         while steps < most and (steps == 0 or size_at(schedule, clock, num_examples, batch_size) == batch_size):
@@ -253,18 +269,18 @@ def _one_pass(
             steps, clock = steps + more, clock.advance(more * batch_size, more)
         examples = min(steps * batch_size, left)
         if drop_last and examples < steps * batch_size:
-            return [*found, *_cut([Run(progress, steps, examples, batch_size, every_step)], steps - 1)]
-        found.append(Run(progress, steps, examples, batch_size, every_step))
+            return [*stretches, *_first_steps([Stretch(progress, steps, examples, batch_size, every_step)], steps - 1)]
+        stretches.append(Stretch(progress, steps, examples, batch_size, every_step))
         progress, left = progress.advance(examples, steps), left - examples
-    return found
+    return stretches
 
 
-def _one_measured_pass(schedule: JointSchedule, progress: Progress, num_examples: int, measure: Measure) -> list[Run]:
-    found: list[Run] = []
+def _one_measured_pass(schedule: JointSchedule, progress: Progress, num_examples: int, measure: Measure) -> list[Stretch]:
+    stretches: list[Stretch] = []
     total, behind, previous = measure.total(progress.epoch), 0, None
     while behind < num_examples:
         batch_size = size_at(schedule, progress, total, previous, measure.unit)
-        # a step has no more examples than tokens, so neither may change sooner than this says
+        # a step has at least as many tokens as examples, so the learning rate stays for this many steps or more
         until, every_step = schedule.lr_steps_to_change(progress, batch_size)
         sizes: list[int] = []
         clock, previous, ended = progress, batch_size, False
@@ -278,30 +294,31 @@ def _one_measured_pass(schedule: JointSchedule, progress: Progress, num_examples
             sizes.append(size)
             behind, clock = behind + size, clock.advance(size)
         if sizes:
-            found.append(Run(progress, len(sizes), sum(sizes), batch_size, every_step, tuple(sizes)))
+            stretches.append(Stretch(progress, len(sizes), sum(sizes), batch_size, every_step, tuple(sizes)))
         if ended:
             break
         progress = clock
-    return found
+    return stretches
 
 
-def _runs_of_one_size(schedule: JointSchedule, start: Progress, num_examples: int, length: EpochLength) -> list[Run]:
-    """One epoch whose batch size is asked once, in runs of equal learning rate."""
+def _stretches_of_one_size(schedule: JointSchedule, start: Progress, num_examples: int, length: EpochLength) -> list[Stretch]:
+    """Divide one epoch, whose batch size is that of its start, into stretches of equal learning rate."""
     batch_size = schedule.batch_size_at(start)
     check_fits(batch_size, num_examples, start)
-    found: list[Run] = []
+    stretches: list[Stretch] = []
     (left, examples), progress = length(batch_size), start
     if not left:
         raise ValueError(
-            f"with batches of {batch_size} epoch {start.epoch} has no step; check `drop_last` and `limit_train_batches`"
+            f"epoch {start.epoch} has no step with a batch size of {batch_size}: write a smaller batch size or a higher "
+            "`limit_train_batches`, or leave out `drop_last`"
         )
     while left:
         until, every_step = schedule.lr_steps_to_change(progress, batch_size)
         steps = int(min(until, left))
         taken = min(steps * batch_size, examples)
-        found.append(Run(progress, steps, taken, batch_size, every_step))
+        stretches.append(Stretch(progress, steps, taken, batch_size, every_step))
         progress, left, examples = progress.advance(taken, steps), left - steps, examples - taken
-    return found
+    return stretches
 
 
 def size_at(
@@ -312,10 +329,10 @@ def size_at(
     Args:
         schedule: Batch size and learning rate.
         progress: The clock before the step.
-        num_examples: Examples of the epoch, or how much it has of what batch sizes count.
-        previous: The batch size of the step before it in the epoch. Where a run ends inside an epoch, nobody takes the steps
-            beyond its end, and the schedule need not have a value for them: then they keep the size of the last.
-        unit: What batch sizes count.
+        num_examples: Examples of the epoch, or its length in ``unit``.
+        previous: The batch size of the step before it in the epoch. A run may end inside an epoch. The steps after its end
+            are never taken, so the schedule need not have a value for them: they keep the batch size of the step before.
+        unit: The unit of batch sizes.
 
     Raises:
         ValueError: A batch size above ``num_examples``, or an error of the schedule.
@@ -331,7 +348,7 @@ def size_at(
 
 
 def check_fits(batch_size: int, num_examples: float, progress: Progress, unit: str = "examples") -> None:
-    """Raise ``ValueError`` if a batch holds more examples, or more of what batch sizes count, than an epoch."""
+    """Raise ``ValueError`` if the batch size is above the length of an epoch."""
     if batch_size > num_examples:
         raise ValueError(
             f"the batch size is {batch_size} at epoch={progress.epoch}, step={progress.step}, but an epoch has only "
@@ -339,17 +356,17 @@ def check_fits(batch_size: int, num_examples: float, progress: Progress, unit: s
         )
 
 
-def _cut(found: list[Run], steps: int) -> list[Run]:
+def _first_steps(stretches: list[Stretch], steps: int) -> list[Stretch]:
     """The first ``steps`` steps."""
     kept = []
-    for run in found:
+    for stretch in stretches:
         if steps <= 0:
             break
-        if run.steps > steps:
-            sizes = None if run.sizes is None else run.sizes[:steps]
-            run = replace(run, steps=steps, examples=run.examples_of(steps), sizes=sizes)
-        kept.append(run)
-        steps -= run.steps
+        if stretch.steps > steps:
+            sizes = None if stretch.sizes is None else stretch.sizes[:steps]
+            stretch = replace(stretch, steps=steps, examples=stretch.examples_of(steps), sizes=sizes)
+        kept.append(stretch)
+        steps -= stretch.steps
     return kept
 
 
@@ -367,9 +384,9 @@ def plan(
     epoch_length: EpochLength | None = None,
     measure: Measure | None = None,
 ) -> Plan:
-    """What ``schedule`` does to ``num_examples`` examples an epoch, until the first horizon given is reached.
+    """Plan a run: its batch sizes, learning rates and steps, stage by stage.
 
-    The optimizer step is the grain: a horizon in samples ends with the step that reaches it.
+    The run ends with the optimizer step that reaches the first of the given horizons.
 
     Args:
         schedule: Batch size and learning rate.
@@ -378,103 +395,114 @@ def plan(
         steps: Horizon in optimizer steps.
         samples: Horizon in examples.
         tokens_per_sample: Tokens of one example, for schedules that count in tokens.
-        limit_batches: As Lightning's ``limit_train_batches``.
-        drop_last: Whether an epoch ends before a step that would be short.
-        beside: Loaders that are trained on in the same steps.
-        epoch_length: Where the batch size can change only between epochs: the optimizer steps and the examples of an epoch,
-            for a batch size. It then answers for ``limit_batches``, ``drop_last`` and ``beside`` too.
-        measure: What batch sizes count, where these are not examples.
+        limit_batches: As Lightning's ``limit_train_batches``: an ``int`` number of steps, or a fraction of them.
+        drop_last: Whether a short last step of an epoch is left out.
+        beside: The other training loaders.
+        epoch_length: For loaders whose batch size changes only between epochs: maps a batch size to the optimizer steps and
+            the examples of an epoch. ``limit_batches``, ``drop_last`` and ``beside`` are then not used.
+        measure: The unit of batch sizes, if it is not examples.
+
+    Returns:
+        The plan.
 
     Raises:
-        ValueError: No horizon at all, a horizon below 1, a batch size below 1 or above ``num_examples``, a learning rate
-            that is not above 0 and finite, or a schedule over a fraction of a run whose length is not known in its unit.
+        ValueError: No horizon, a horizon below 1, a batch size below 1 or above ``num_examples``, a learning rate that is not
+            above 0 and finite, or a schedule over a fraction of a run whose length is not known in the schedule's unit.
+
+    Warns:
+        UserWarning: The learning rate grows too fast for the batch size.
 
     Example:
         >>> growing = plan(JointSchedule(Exponential(128, factor=2, every=25)), 50_000, epochs=26)
         >>> [(stage.steps, stage.batch_size) for stage in growing.stages]
         [(9775, 128), (196, 256)]
     """
-    given = {"epochs": epochs, "steps": steps, "samples": samples}
-    if all(value is None for value in given.values()):
+    horizons = {"epochs": epochs, "steps": steps, "samples": samples}
+    if all(value is None for value in horizons.values()):
         raise ValueError("a plan needs a horizon: write `epochs`, `steps` or `samples`")
-    for name, value in (*given.items(), ("num_examples", num_examples), ("tokens_per_sample", tokens_per_sample)):
+    for name, value in (*horizons.items(), ("num_examples", num_examples), ("tokens_per_sample", tokens_per_sample)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}={value}` must be 1 or more")
     if epoch_length is not None:
-        cut: _Cutter = partial(_runs_of_one_size, num_examples=num_examples, length=epoch_length)
+        divide: _EpochStretches = partial(_stretches_of_one_size, num_examples=num_examples, length=epoch_length)
     else:
         options = {"limit_batches": limit_batches, "drop_last": drop_last, "beside": beside, "measure": measure}
-        cut = partial(runs, num_examples=num_examples, **options)  # type: ignore[arg-type]
-        # the int 1 is one step
+        divide = partial(stretches_of_epoch, num_examples=num_examples, **options)  # type: ignore[arg-type]
+        # the float 1.0 is the whole epoch, but the int 1 is one step
         whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0 and not (drop_last or beside.lengths)
         if epochs is not None and steps is None and samples is None and whole_epochs:
             samples = epochs * num_examples
     horizon = Horizon(epochs, steps, samples, tokens_per_sample)
-    # the length in the other units follows from the batch sizes alone, so it is known before the rates are asked
-    lengths, _ = _walk(JointSchedule(schedule.batch_size), cut, horizon, horizon)
+    # the lengths in the other units follow from the batch sizes alone; the learning rates may need them
+    lengths, _ = _walk(JointSchedule(schedule.batch_size), divide, horizon, horizon)
     full = Horizon(
         epochs if epochs is not None else math.ceil(round(sum(stage.epochs for stage in lengths), 6)),
         steps if steps is not None else sum(stage.steps for stage in lengths),
         samples if samples is not None else sum(stage.samples for stage in lengths),
         tokens_per_sample,
     )
-    stages, found = _walk(schedule, cut, full, horizon)
+    stages, stretches = _walk(schedule, divide, full, horizon)
     for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages))):
         warnings.warn(message, stacklevel=2)
     rounded = (replace(s, epochs=round(s.epochs, 6), first_epoch=round(s.first_epoch, 6)) for s in stages)
-    return Plan(tuple(rounded), num_examples, full, schedule, tuple(map(tuple, found)))
+    return Plan(tuple(rounded), num_examples, full, schedule, tuple(map(tuple, stretches)))
 
 
-def _walk(schedule: JointSchedule, cut: _Cutter, horizon: Horizon, end: Horizon) -> tuple[list[Stage], list[list[Run]]]:
-    """The stages, and the runs of each."""
+def _walk(
+    schedule: JointSchedule, divide: _EpochStretches, horizon: Horizon, end: Horizon
+) -> tuple[list[Stage], list[list[Stretch]]]:
+    """The stages, and the stretches of each."""
     stages: list[Stage] = []
-    found: list[list[Run]] = []
+    stretches: list[list[Stretch]] = []
     previous_varies = False
-    for run, first_epoch, share in _until(schedule, cut, Progress(horizon=horizon), end):
-        lr, last_lr, varies = _rates(schedule, run)
-        stage = Stage(len(stages), first_epoch, share, run.steps, run.examples, run.batch_size, lr, last_lr)
+    for stretch, first_epoch, epochs in _until(schedule, divide, Progress(horizon=horizon), end):
+        lr, last_lr, varies = _rates(schedule, stretch)
+        size = stretch.batch_size
+        stage = Stage(len(stages), first_epoch, epochs, stretch.steps, stretch.examples, size, lr, last_lr)
         previous = stages[-1] if stages else None
-        if previous and previous.batch_size == run.batch_size and varies == previous_varies and (varies or previous.lr == lr):
+        if previous and previous.batch_size == size and varies == previous_varies and (varies or previous.lr == lr):
             stages[-1] = previous.join(stage)
-            found[-1].append(run)
+            stretches[-1].append(stretch)
         else:
             stages.append(stage)
-            found.append([run])
+            stretches.append([stretch])
         previous_varies = varies
-    return stages, found
+    return stages, stretches
 
 
-def _until(schedule: JointSchedule, cut: _Cutter, progress: Progress, end: Horizon) -> Iterator[tuple[Run, float, float]]:
-    """The runs of every epoch up to ``end``, each with its start and its length in epochs."""
+def _until(
+    schedule: JointSchedule, divide: _EpochStretches, progress: Progress, end: Horizon
+) -> Iterator[tuple[Stretch, float, float]]:
+    """The stretches of every epoch up to ``end``, each with its start and its length in epochs."""
     while not end.ends_before(progress):
-        epoch = cut(schedule, progress)
-        examples = sum(run.examples for run in epoch)
+        epoch = divide(schedule, progress)
+        examples = sum(stretch.examples for stretch in epoch)
         behind = 0
-        for run in epoch:
-            steps = run.steps
+        for stretch in epoch:
+            steps = stretch.steps
             if end.step is not None:
-                steps = min(steps, end.step - run.start.step)
+                steps = min(steps, end.step - stretch.start.step)
             if end.samples is not None:
-                steps = min(steps, run.steps_over(end.samples - run.start.samples))
-            for kept in _cut([run], steps):
+                steps = min(steps, stretch.steps_over(end.samples - stretch.start.samples))
+            for kept in _first_steps([stretch], steps):
                 yield kept, progress.epoch + behind / examples, kept.examples / examples
                 behind += kept.examples
                 progress = kept.start.advance(kept.examples, kept.steps)
-            if steps < run.steps:
+            if steps < stretch.steps:
                 return
         progress = progress.next_epoch()
 
 
-def _rates(schedule: JointSchedule, run: Run) -> tuple[float | None, float | None, bool]:
-    """The learning rate of the first and the last step of a run, and whether it changes in between."""
-    last = run.steps - 1
+def _rates(schedule: JointSchedule, stretch: Stretch) -> tuple[float | None, float | None, bool]:
+    """The learning rate of the first and the last step of a stretch, and whether it changes between them."""
+    last = stretch.steps - 1
 
     def rate(step: int) -> float | None:
-        return schedule.lr_at(run.start.advance(run.examples_of(step), step), run.batch_size)
+        return schedule.lr_at(stretch.start.advance(stretch.examples_of(step), step), stretch.batch_size)
 
-    if not run.every_step or isinstance(schedule.lr, Schedule):
-        return rate(0), rate(last), run.every_step
-    rates = [rate(step) for step in range(run.steps)]  # a plain function: nobody knows its shape, so every step is asked
+    if not stretch.every_step or isinstance(schedule.lr, Schedule):
+        return rate(0), rate(last), stretch.every_step
+    rates = [rate(step) for step in range(stretch.steps)]  # a plain function may have any shape: evaluate it at every step
     return rates[0], rates[-1], len(set(rates)) > 1
 
 
@@ -488,7 +516,7 @@ def _warn_of_maximum(schedule: JointSchedule, stages: list[Stage]) -> str | None
         ):
             return (
                 f"from epoch {after.first_epoch:g} on the batch size is at its maximum {after.batch_size} while the learning "
-                f"rate still grows, so the gradient noise grows with it (V_T of P1 no longer vanishes). Give the rate "
-                f"`maximum={before.lr:.6g}`, or shorten the run"
+                "rate still grows, so the gradient noise grows too (V_T of Umeda & Iiduka 2025, arXiv 2409.08770, no longer "
+                f"vanishes). Give the learning rate `maximum={before.lr:.6g}`, or shorten the run"
             )
     return None

@@ -10,20 +10,24 @@ UNITS: tuple[str, ...] = get_args(Unit)
 
 
 def check_unit(unit: str) -> None:
-    """Raise ``ValueError`` unless ``unit`` names one of the clocks of [`Progress`][]."""
+    """Raise ``ValueError`` unless ``unit`` names one of the clocks of a ``Progress``."""
     if unit not in UNITS:
         raise ValueError(f"unknown unit {unit!r}; write one of {', '.join(map(repr, UNITS))}")
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """How long a run is, in each unit; ``None`` where that is not known.
+    """The length of a run in each unit; ``None`` where it is not known.
 
     Args:
         epoch: Epochs of the run.
         step: Optimizer steps of the run.
-        samples: Examples the run consumes.
-        tokens_per_sample: Tokens of one example, where the examples are sequences of one length.
+        samples: Examples that the run consumes.
+        tokens_per_sample: Tokens of one example, where all examples are sequences of the same length.
+
+    Example:
+        >>> Horizon(epoch=3, samples=300, tokens_per_sample=512).total("tokens")
+        153600
     """
 
     epoch: int | None = None
@@ -32,7 +36,7 @@ class Horizon:
     tokens_per_sample: int | None = None
 
     def length(self, unit: Unit) -> int | None:
-        """The run's length in ``unit``, ``None`` where it is not known."""
+        """The length of the run in ``unit``; ``None`` where it is not known."""
         check_unit(unit)
         if unit == "tokens":
             return None if self.samples is None else self.samples * self.grain(unit)
@@ -40,32 +44,33 @@ class Horizon:
         return length
 
     def total(self, unit: Unit) -> int:
-        """The run's length in ``unit``.
+        """The length of the run in ``unit``.
 
         Raises:
-            ValueError: The length is not known in this unit.
+            ValueError: An unknown unit, or the length is not known in this unit.
         """
         length = self.length(unit)
         if length is None:
             raise ValueError(
-                f"a schedule asks for the run's length in unit {unit!r}, which is not known here: give the schedule a "
-                "number of its own (`total=...`, an integer `every=...` or `over=...`), or bound the run in that unit "
-                "(`max_epochs` in epochs, `max_steps` in steps; -1 is no bound)"
+                f"a schedule asks for the run's length in unit {unit!r}, which is not known here. Give the schedule a length "
+                "of its own (`total=...`, or an int for `every=...` or `over=...`), or bound the run in this unit "
+                "(`max_epochs` for epochs, `max_steps` for steps; -1 is no bound)"
             )
         return length
 
     def grain(self, unit: Unit) -> int:
-        """What the clock in ``unit`` counts by: 1, or the tokens of one example.
+        """The step of the clock in ``unit``: the tokens of one example for ``"tokens"``, else 1.
 
         Raises:
-            ValueError: Tokens are asked for and the examples have none.
+            ValueError: ``unit`` is ``"tokens"`` and ``tokens_per_sample`` is not known.
         """
         if unit != "tokens":
             return 1
         if self.tokens_per_sample is None:
             raise ValueError(
-                "a schedule counts in tokens, but it is not known how many an example has: give the DataModule an attribute "
-                "`tokens_per_sample` (the text data sets have it), or `plan` that argument; or write `unit='samples'`"
+                "a schedule counts in tokens, but the number of tokens of an example is not known. Give the DataModule an "
+                "attribute `tokens_per_sample` (the text data sets have it), or give `plan` this argument; or write "
+                "`unit='samples'`"
             )
         return self.tokens_per_sample
 
@@ -76,13 +81,14 @@ class Horizon:
 
 
 class Progress(NamedTuple):
-    """How far a run has come: the only thing a schedule may depend on.
+    """The clock of a run: how far it has come. A schedule may depend on nothing else.
 
     Args:
         epoch: Completed epochs.
         step: Completed optimizer steps.
-        samples: Examples consumed so far, over all processes. This is the papers' SFO complexity.
-        horizon: The run's length, for schedules over a fraction of it.
+        samples: Examples consumed so far, over all processes. This is the number of gradients of single examples, called SFO
+            complexity (stochastic first-order oracle) by Umeda & Iiduka 2025 (arXiv 2508.05297).
+        horizon: The length of the run, for schedules over a fraction of it.
 
     Example:
         >>> Progress().advance(8).advance(8)
@@ -96,10 +102,10 @@ class Progress(NamedTuple):
     horizon: Horizon = Horizon()
 
     def count(self, unit: Unit) -> int:
-        """The clock's reading in ``unit``.
+        """The reading of the clock in ``unit``.
 
         Raises:
-            ValueError: An unknown unit, or tokens where the examples have none.
+            ValueError: An unknown unit, or ``"tokens"`` where ``tokens_per_sample`` is not known.
         """
         check_unit(unit)
         if unit == "tokens":
@@ -108,7 +114,7 @@ class Progress(NamedTuple):
         return reading
 
     def advance(self, examples: int, steps: int = 1) -> Progress:
-        """The clock after ``steps`` optimizer steps over ``examples`` examples in all."""
+        """The clock after ``steps`` more optimizer steps, which take ``examples`` examples together."""
         return Progress(self.epoch, self.step + steps, self.samples + examples, self.horizon)
 
     def next_epoch(self) -> Progress:
@@ -116,10 +122,10 @@ class Progress(NamedTuple):
         return Progress(self.epoch + 1, self.step, self.samples, self.horizon)
 
     def since(self, count: int, unit: Unit) -> Progress:
-        """The clock of a schedule that starts when this one reads ``count`` in ``unit``.
+        """The clock of a schedule that starts when this clock reads ``count`` in ``unit``.
 
-        Only the clock and the horizon in ``unit`` are shifted. Samples and tokens are one clock: it starts with the first
-        whole example when this one reads ``count`` tokens.
+        Only the reading and the horizon in ``unit`` are shifted. Samples and tokens are one clock: a start inside an example
+        is moved to the end of this example.
         """
         horizon = self.horizon
         if unit == "tokens":

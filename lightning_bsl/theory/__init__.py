@@ -1,9 +1,9 @@
-"""What the papers' theorems say: numbers in, numbers out. numpy and scipy, no torch."""
+"""The papers' formulas: convergence bounds, SFO complexity, the surge law and its fits. numpy and scipy, no torch."""
 
 from lightning_bsl.theory.bounds import (
+    AsymptoticRates,
     BoundConstants,
     BoundTerms,
-    Rates,
     asymptotic_rates,
     bound_curve,
     bound_terms,
@@ -11,7 +11,7 @@ from lightning_bsl.theory.bounds import (
     stalls,
 )
 from lightning_bsl.theory.complexity import (
-    Reached,
+    GrowthCost,
     critical_batch_size,
     growth_to_reach,
     optimal_gamma,
@@ -42,13 +42,13 @@ from lightning_bsl.theory.surge import (
 
 __all__ = [
     "LEVEL",
+    "AsymptoticRates",
     "BoundConstants",
     "BoundTerms",
     "CriticalBatchFit",
     "CurveFit",
     "Estimate",
-    "Rates",
-    "Reached",
+    "GrowthCost",
     "TradeoffFit",
     "asymptotic_rates",
     "bound_curve",

@@ -1,6 +1,9 @@
-"""SFO complexity: the samples that the bound of P1 asks for to reach a gradient norm (P2, arXiv 2508.05297).
+"""SFO complexity: the number of samples until the bound on the gradient norm is low enough.
 
-SFO (stochastic first-order oracle) complexity is the number of single-example gradients, the sum of the batch sizes.
+SFO (stochastic first-order oracle) complexity counts gradients of single examples: it is the sum of the batch sizes. The bound
+is that of Umeda & Iiduka 2025, *Increasing Both Batch Size and Learning Rate Accelerates SGD* (arXiv 2409.08770). The formulas
+are those of the same authors in *Optimal Growth Schedules for Batch Size and Learning Rate in SGD that Reduce SFO Complexity*
+(arXiv 2508.05297).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from lightning_bsl.schedules.joint import sfo_exponent
 from lightning_bsl.theory.bounds import BoundConstants, BoundTerms, stalls
 
 __all__ = [
-    "Reached",
+    "GrowthCost",
     "critical_batch_size",
     "growth_to_reach",
     "optimal_gamma",
@@ -24,19 +27,22 @@ __all__ = [
 
 
 def steps_to_reach(eps: float, batch_size: float, lr: float, constants: BoundConstants) -> float:
-    """T(b) = C1 b / (eta (eps^2 b - C2 eta)): steps at constant batch size and learning rate until the bound is eps^2 (P2).
+    """Steps until the bound is eps^2, at constant batch size and learning rate: T(b) = C1 b / (eta (eps^2 b - C2 eta)).
+
+    The formula is from arXiv 2508.05297.
 
     Args:
-        eps: Gradient norm to reach, min_t E||grad f(theta_t)||^2 <= eps^2.
-        batch_size: b.
+        eps: Gradient norm to reach: min_t E||grad f(theta_t)||^2 <= eps^2.
+        batch_size: b, in examples.
         lr: eta.
-        constants: Of the problem.
+        constants: The constants of the problem.
 
     Returns:
         The number of steps, not rounded.
 
     Raises:
-        ValueError: ``eps`` is out of reach of this batch size (eps^2 b <= C2 eta), or ``lr`` is not below 2/L.
+        ValueError: This batch size never reaches ``eps`` (eps^2 b <= C2 eta); ``lr`` is not below 2/L; ``eps`` or
+            ``batch_size`` is not above 0.
 
     Example:
         >>> problem = BoundConstants(smoothness=1, gradient_variance=1, loss_gap=1)
@@ -45,44 +51,59 @@ def steps_to_reach(eps: float, batch_size: float, lr: float, constants: BoundCon
     """
     _check_eps(eps)
     if not batch_size > 0:
-        raise ValueError(f"`batch_size={batch_size}` must be above 0")
+        raise ValueError(f"`batch_size={batch_size}` must be above 0: write a number of examples")
     bias, variance = constants.factors(lr)
     room = eps**2 * batch_size - variance * lr
     if room <= 0:
         noise, least = math.sqrt(variance * lr / batch_size), variance * lr / eps**2
         raise ValueError(
-            f"a constant batch size of {batch_size:g} with learning rate {lr:g} never brings the bound to eps = {eps:g}: its "
-            f"noise alone is {noise:.4g} (eps^2 b <= C2 eta of P2). Write a batch size above {least:.6g}, "
-            f"a learning rate below {_lr_below(eps, batch_size, constants):.6g}, or let the batch size grow"
+            f"a constant batch size of {batch_size:g} with learning rate {lr:g} never brings the bound to eps = {eps:g}: the "
+            f"noise alone is {noise:.4g} (eps^2 b <= C2 eta, arXiv 2508.05297). Write a batch size above {least:.6g} or a "
+            f"learning rate below {_lr_below(eps, batch_size, constants):.6g}, or let the batch size grow"
         )
     return bias * batch_size / (lr * room)
 
 
 def sfo_to_reach(eps: float, batch_size: float, lr: float, constants: BoundConstants) -> float:
-    """SFO(b) = b T(b), the samples of [`steps_to_reach`][]: convex in b (P2).
+    """Samples until the bound is eps^2, at constant batch size and learning rate: SFO(b) = b T(b), convex in b.
+
+    T(b) is [`steps_to_reach`][lightning_bsl.theory.steps_to_reach]; the formula is from arXiv 2508.05297.
 
     Args:
         eps: Gradient norm to reach.
-        batch_size: b.
+        batch_size: b, in examples.
         lr: eta.
-        constants: Of the problem.
+        constants: The constants of the problem.
+
+    Returns:
+        The number of samples, not rounded.
 
     Raises:
-        ValueError: As of [`steps_to_reach`][].
+        ValueError: The same as for ``steps_to_reach``.
+
+    Example:
+        >>> problem = BoundConstants(smoothness=1, gradient_variance=1, loss_gap=1)
+        >>> round(sfo_to_reach(eps=0.1, batch_size=64, lr=0.1, constants=problem))
+        73405
     """
     return batch_size * steps_to_reach(eps, batch_size, lr, constants)
 
 
 def critical_batch_size(eps: float, lr: float, constants: BoundConstants) -> float:
-    """b* = 2 C2 eta / eps^2, the constant batch size with the fewest samples to eps: 4 C1 C2 / eps^4 (P2).
+    """The constant batch size that reaches eps with the fewest samples: b* = 2 C2 eta / eps^2 (arXiv 2508.05297).
+
+    It takes 4 C1 C2 / eps^4 samples.
 
     Args:
         eps: Gradient norm to reach.
         lr: eta.
-        constants: Of the problem.
+        constants: The constants of the problem.
+
+    Returns:
+        b*, in examples, not rounded.
 
     Raises:
-        ValueError: ``lr`` is not below 2/L.
+        ValueError: ``lr`` is not below 2/L, or ``eps`` is not above 0.
 
     Example:
         >>> round(critical_batch_size(0.1, 0.1, BoundConstants(smoothness=1, gradient_variance=1, loss_gap=1)), 2)
@@ -94,27 +115,37 @@ def critical_batch_size(eps: float, lr: float, constants: BoundConstants) -> flo
 
 
 def optimal_gamma(delta: float) -> float:
-    """sqrt(delta), the growth of the learning rate per stage with the smallest [`sfo_exponent`][] (P2).
+    """The best growth of the learning rate per stage: gamma = sqrt(delta) (arXiv 2508.05297).
+
+    It has the smallest [`sfo_exponent`][lightning_bsl.theory.sfo_exponent].
 
     Args:
         delta: Growth of the batch size per stage, 1 or more.
 
     Raises:
-        ValueError: A smaller one.
+        ValueError: ``delta`` below 1.
+
+    Example:
+        >>> optimal_gamma(4)
+        2.0
     """
     if not delta >= 1:
-        raise ValueError(f"`delta={delta}` must be 1 or more")
+        raise ValueError(f"`delta={delta}` must be 1 or more: write the growth of the batch size per stage")
     return math.sqrt(delta)
 
 
-class Reached(NamedTuple):
-    """When the bound reaches eps^2.
+class GrowthCost(NamedTuple):
+    """What it takes until the bound is eps^2.
 
     Args:
-        stages: Stages begun.
+        stages: Number of stages, the last one not complete.
         steps: Optimizer steps, not rounded.
-        samples: SFO, not rounded.
-        note: What to know about it, or ``None``.
+        samples: Samples (SFO), not rounded.
+        note: A warning about the schedule, or ``None``.
+
+    Example:
+        >>> GrowthCost(stages=7, steps=682.2, samples=92302.0).note is None
+        True
     """
 
     stages: int
@@ -134,31 +165,34 @@ def growth_to_reach(
     *,
     unit: Literal["step", "epoch"] = "step",
     num_examples: int | None = None,
-) -> Reached:
-    """Steps and samples until the bound of P1 is eps^2, where batch size and learning rate grow stage by stage.
+) -> GrowthCost:
+    """Steps and samples until the bound is eps^2, if batch size and learning rate grow stage by stage.
 
-    Stage m has batch size b_0 delta^m (not rounded; at most ``num_examples``) and learning rate eta_0 gamma^m. eta_max of the
-    bound is the largest rate so far.
+    The bound is that of Umeda & Iiduka 2025 (arXiv 2409.08770). Stage m has batch size b_0 delta^m (not rounded; at most
+    ``num_examples``) and learning rate eta_0 gamma^m. eta_max of the bound is the largest learning rate so far.
 
     Args:
         eps: Gradient norm to reach.
-        batch_size: b_0.
+        batch_size: b_0, in examples.
         lr: eta_0.
         delta: Growth of the batch size per stage, 1 or more.
         gamma: Growth of the learning rate per stage.
         every: Length of a stage, in ``unit``.
-        constants: Of the problem.
+        constants: The constants of the problem.
         unit: ``"step"`` or ``"epoch"``; a stage of E epochs has E ceil(n/b) steps.
-        num_examples: n; needed for stages of epochs.
+        num_examples: n, the training examples; needed for stages of epochs.
+
+    Returns:
+        The number of stages, steps and samples.
 
     Raises:
-        ValueError: ``eps`` is out of reach: the learning rates reach 2/L first, or sum to a finite number, or the noise
-            does not vanish. Or an argument out of its range.
+        ValueError: An argument out of its range. Or the schedule never reaches ``eps``: the learning rates reach 2/L first, or
+            their sum is finite, or the noise does not vanish.
 
     Example:
         >>> problem = BoundConstants(smoothness=1, gradient_variance=1, loss_gap=1)
-        >>> reached = growth_to_reach(0.1, 8, 0.1, delta=2, gamma=1.4, every=100, constants=problem)
-        >>> reached.stages, round(reached.steps), round(reached.samples)
+        >>> cost = growth_to_reach(0.1, 8, 0.1, delta=2, gamma=1.4, every=100, constants=problem)
+        >>> cost.stages, round(cost.steps), round(cost.samples)
         (7, 682, 92302)
     """
     _check_eps(eps)
@@ -170,12 +204,12 @@ def growth_to_reach(
     if unit not in ("step", "epoch"):
         raise ValueError(f"unknown unit {unit!r}; write 'step' or 'epoch'")
     if num_examples is None and unit == "epoch":
-        raise ValueError("stages of epochs need `num_examples`, the examples of one")
+        raise ValueError("stages in epochs need `num_examples`: write the number of training examples")
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"`num_examples={num_examples}` must be 1 or more")
     terms: list[BoundTerms] = []
     total, lowest = BoundTerms(0, 0, 0.0, 0.0, 0.0), math.inf
-    why = "too little of it is gone after any number of stages"
+    why = "the sum of the learning rates is finite, or the noise does not vanish"
     for stage in range(_MOST_STAGES):
         try:
             size, rate = min(batch_size * delta**stage, num_examples or sys.float_info.max), lr * gamma**stage
@@ -193,7 +227,7 @@ def growth_to_reach(
             steps = behind / gain if behind > 0 else 0.0
             terms.append(_terms(steps, size, rate))
             note = _note_of(terms) if unit == "epoch" else None
-            return Reached(stage + 1, total.steps + steps, total.samples + steps * size, note)
+            return GrowthCost(stage + 1, total.steps + steps, total.samples + steps * size, note)
         terms.append(_terms(length, size, rate))
         before, total = total.lr_sum, total + terms[-1]
         lowest = min(lowest, total.bound(constants))
@@ -203,7 +237,7 @@ def growth_to_reach(
         why = "it takes more stages"
     raise ValueError(
         f"the bound does not fall to eps = {eps:g}, only to {math.sqrt(lowest):.4g} in {len(terms)} stages: {why}. Write a "
-        f"larger eps, a smaller first learning rate, or another growth; gamma just below sqrt(delta) = "
+        f"larger eps, a smaller first learning rate, or another growth; a gamma just below sqrt(delta) = "
         f"{math.sqrt(delta):.6g} takes the fewest samples{_STALLED if unit == 'epoch' else ''}"
     )
 
@@ -216,8 +250,8 @@ def _terms(steps: float, batch_size: float, lr: float) -> BoundTerms:
 
 
 _STALLED = (
-    ". A stage that is a number of epochs long has ever fewer steps while the batch grows, so B_T stalls until the batch is "
-    "the whole training set: give the stages a length in steps"
+    ". If stages are counted in epochs, later stages have fewer steps because the batch grows. So B_T stalls until the batch "
+    "is the whole training set: give the stages a length in steps"
 )
 
 
@@ -229,7 +263,7 @@ def _note_of(terms: list[BoundTerms]) -> str | None:
 
 def _check_eps(eps: float) -> None:
     if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"`eps={eps}` must be finite and above 0: it is a gradient norm")
+        raise ValueError(f"`eps={eps}` must be finite and above 0: write a gradient norm")
 
 
 def _lr_below(eps: float, batch_size: float, constants: BoundConstants) -> float:

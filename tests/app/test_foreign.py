@@ -62,7 +62,7 @@ def test_the_scheduler_among_the_callbacks_of_a_template(tmp_path: Path) -> None
     assert instantiate(scaled.callbacks.batch_lr).schedule.lr.base_batch_size == 8
 
 
-@pytest.mark.parametrize("callback", [choice for choice in choices("callbacks") if choice not in ("none", "default")])
+@pytest.mark.parametrize("callback", [choice for choice in choices("callbacks") if choice != "none"])
 def test_callbacks_stand_beside_those_of_others(callback: str, tmp_path: Path) -> None:
     nodes = {"dataset": {"metric": "val/loss", "metric_mode": "min"}, "output_dir": str(tmp_path)}
     cfg = foreign(

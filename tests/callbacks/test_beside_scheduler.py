@@ -115,7 +115,7 @@ def test_a_rule_without_a_rate_of_its_own() -> None:
         def __call__(self, batch_size: int) -> float:
             return 0.1
 
-    with pytest.raises(TypeError, match="Rule needs its learning rate as first field"):
+    with pytest.raises(TypeError, match="Rule cannot multiply the module's learning rates, since it has no fields"):
         fit(Scheduled("StepLR"), own(DATA), BatchLRScheduler(GROWING, Rule()))
 
 

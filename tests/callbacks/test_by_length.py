@@ -208,7 +208,7 @@ def test_an_adaptive_schedule() -> None:
 
 
 def test_without_a_scheduler_a_batch_stays_a_step() -> None:
-    with pytest.warns(UserWarning, match=r"`max_device_tokens=24` does nothing.*`BatchLRScheduler\(batch_size=16\)`"):
+    with pytest.warns(UserWarning, match=r"`max_device_tokens=24` has no effect.*`BatchLRScheduler\(batch_size=16\)`"):
         model = trained(Words(), data(batch_size=16), max_epochs=1)
     assert [len(indices) for _, indices in model.journal] == [16, 16, 16, 13]
 

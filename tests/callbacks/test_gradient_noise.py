@@ -31,11 +31,11 @@ from harness.fits import fit, out_of_memory, trained
 from harness.modules import Recorder, Stateful, Step
 from harness.processes import Pair
 from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
-from lightning_bsl.callbacks.gradient_noise import Estimate, MovingAverage, Pieces
 from lightning_bsl.datasets import FashionMNIST, ImageTensors
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import Milestones
+from lightning_bsl.theory.noise_scale import MovingAverage, NoiseEstimate, Pieces
 
 DRAWS = 2000  # for a mean with an error small enough
 SIZE = 16  # parameters of the linear model
@@ -85,10 +85,10 @@ def test_no_ratio_unless_both_averages_are_above_0() -> None:
     callback = GradientNoiseScale(smoothing=0.5)
     assert (callback.noise_scale, callback.gradient_sq_norm, callback.gradient_variance) == (None, None, None)
     for values in ((-1.0, 2.0), (0.0, 0.0), (2.0, -8.0)):
-        callback._record(Estimate(*values))
+        callback._record(NoiseEstimate(*values))
         assert callback.noise_scale is None
-    callback._record(Estimate(float("nan"), 1.0))
-    callback._record(Estimate(8.0, 100.0))
+    callback._record(NoiseEstimate(float("nan"), 1.0))
+    callback._record(NoiseEstimate(8.0, 100.0))
     assert callback.noise_scale == callback.gradient_variance / callback.gradient_sq_norm > 0  # type: ignore[operator]
     callback._sq_norm.total = 5e-324
     assert callback.noise_scale is None
@@ -102,11 +102,11 @@ class Noting(GradientNoiseScale):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{"every": 1, "extra_every": 1} | arguments)
-        self.found: list[Estimate] = []
+        self.found: list[NoiseEstimate] = []
 
-    def _record(self, values: Estimate) -> None:
-        super()._record(values)
-        self.found.append(values)
+    def _record(self, estimate: NoiseEstimate) -> None:
+        super()._record(estimate)
+        self.found.append(estimate)
 
 
 class Linear(Recorder):
@@ -301,7 +301,7 @@ def test_clipping_and_loss_scaling_change_nothing() -> None:
             np.testing.assert_allclose(found, plain, rtol=0.02, atol=0.02)
 
 
-def measure_together(first: int, then: int) -> tuple[list[Step], list[Estimate]]:
+def measure_together(first: int, then: int) -> tuple[list[Step], list[NoiseEstimate]]:
     """Shares of 3 and 4 examples, whole; then of 6 and 7, in two micro-batches each; at last of 1 and none."""
     model, callback = Linear(), Noting(extra_every=None)
     schedule = Milestones([7, 13], at=[first], unit="step")
@@ -562,7 +562,7 @@ def test_batches_that_cannot_be_halved_or_counted() -> None:
         fit(Odd(), DataLoader(data, 12, collate_fn=together), Noting(), max_epochs=1)
     x = data.tensors[0]
     for data_set, message in (([(x,)] * 2, "batch_size=None"), ([Opaque(x)] * 2, "batch_size=None")):
-        with pytest.raises(MisconfigurationException, match=f"nobody knows how many examples .*{message}"):
+        with pytest.raises(MisconfigurationException, match=f"the number of examples of a batch is not known.*{message}"):
             fit(Odd(), DataLoader(data_set, batch_size=None), Noting(), max_epochs=1)
 
 
@@ -636,6 +636,8 @@ def test_who_does_not_know_refuses() -> None:
         (DataLoader([draws(4).tensors] * 2, batch_size=None), "batch_size=None"),
     ):
         model = Linear()
-        with pytest.raises(MisconfigurationException, match=f"nobody knows how many examples.*{message}.*BatchLRScheduler"):
+        with pytest.raises(
+            MisconfigurationException, match=f"the number of examples of a batch is not known.*{message}.*BatchLRScheduler"
+        ):
             fit(model, data, GradientNoiseScale(), max_epochs=1)
         assert model.journal == []

@@ -367,7 +367,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step() -> None:
     for data, message in (
         (two, r"2 training loaders.*full_loss\(batch\)"),
         (DataLoader([torch.ones(2, 1)] * 2, batch_size=None), "`batch_size` is not None"),
-        ({"a": {"b": DataLoader(ROWS)}}, "collection of collections.*full_loss"),
+        ({"a": {"b": DataLoader(ROWS)}}, "collection inside a collection.*full_loss"),
         (Batches(), "needs a training DataLoader"),
     ):
         with pytest.raises(MisconfigurationException, match=message):

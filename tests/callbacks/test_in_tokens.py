@@ -239,7 +239,9 @@ def test_the_plan_is_what_the_sampler_gives(lengths: list[int], sizes: list[int]
             assert sampler.batches_in(seen) == sampler.steps_in(seen) == number
     made = plan(JointSchedule(schedule, rate), len(lengths), epochs=2, drop_last=drop_last, measure=sampler.measure)
     assert (made.steps, made.samples) == (len(steps), sum(len(step) for _, step in steps))
-    assert [size for runs in made.runs for run in runs for size in run.sizes or ()] == [len(step) for _, step in steps]
+    assert [size for stage in made.stretches for stretch in stage for size in stretch.sizes or ()] == [
+        len(step) for _, step in steps
+    ]
     for most in (1, 3, len(steps)):
         kept = plan(JointSchedule(schedule), len(lengths), epochs=2, steps=most, drop_last=drop_last, measure=sampler.measure)
         assert (kept.steps, kept.samples) == (most, sum(len(step) for _, step in steps[:most]))

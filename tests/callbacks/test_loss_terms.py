@@ -798,7 +798,7 @@ def test_a_module_that_fetches_its_batches_is_refused() -> None:
         def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
             return self.loss(next(dataloader_iter)[0])
 
-    with pytest.raises(MisconfigurationException, match=r"`loss_terms\(batch\)` cannot be asked"):
+    with pytest.raises(MisconfigurationException, match=r"`loss_terms\(batch\)` cannot be called"):
         fit(Fetches(), rows(0, 1), BatchLRScheduler(2), max_epochs=1)
 
 

@@ -155,8 +155,9 @@ def test_a_gradient_is_corrected_once() -> None:
     splitter.begin(3, 3)
     splitter.begin_piece()
     splitter.note_backward()
+    optimizer = SGD([weight], lr=0.1)
     for _ in range(2):
-        splitter.correct(SGD([weight], lr=0.1))
+        splitter.correct(optimizer)
     assert weight.grad.item() == 3
 
 

@@ -178,7 +178,7 @@ class Slots(Stranger):
         (DataLoader(DATA, batch_size=None, sampler=BatchSampler(RandomSampler(DATA), 4, False)), "`batch_size=None`"),
         (Prefetching(DATA, batch_size=4), "is a Prefetching, which overrides `__iter__`"),
         (Longer(DATA, batch_size=4), "is a Longer, which overrides"),
-        (Batches(), "is no DataLoader but of type Batches"),
+        (Batches(), "is not a DataLoader but a Batches"),
     ],
 )
 def test_what_cannot_be_remade_says_so(loader: Any, reason: str) -> None:
@@ -206,7 +206,7 @@ def test_one_that_follows_changes_between_epochs(make: Any) -> None:
     assert model.sizes == [8] * 7 + [5] + [16] * 3 + [13] + [32, 29]
     assert (scheduler.progress.step, scheduler.progress.samples) == (14, 3 * 61)
     assert data.hparams.batch_size == 16
-    with pytest.raises(MisconfigurationException, match="nobody knows how to cut its steps"):
+    with pytest.raises(MisconfigurationException, match="its steps cannot be split"):
         fit(Regression(), Slots(make), BatchLRScheduler(4, max_device_batch_size=2))
     with pytest.raises(MisconfigurationException, match=r"the batch size 15 cannot be split evenly.*multiples of 2"):
         fit(Regression(), Slots(make), BatchLRScheduler(15), accumulate_grad_batches=2)
@@ -253,7 +253,7 @@ def test_growth_that_will_not_come_is_said(make: Any, bounds: dict[str, Any], si
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Regression(), Slots(loader), BatchLRScheduler(sizes), **bounds)
-    assert any("changes between epochs alone" in str(warning.message) for warning in caught) is warns
+    assert any("changes only between epochs" in str(warning.message) for warning in caught) is warns
 
 
 # --- what changes under way
@@ -340,3 +340,15 @@ def test_a_run_keeps_the_order_of_its_seed(tmp_path: Path) -> None:
     one, other = go(1), go(2)
     assert one.examples != other.examples
     assert go(3, tmp_path / "1" / "step=4.ckpt").examples == one.examples[4:]
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError])
+def test_an_error_of_a_schedule_is_told_as_it_is(error: type[Exception]) -> None:
+    def batch_size(progress: Progress) -> float:
+        raise error("the size of the user")
+
+    # Lightning would take a TypeError for a loader that cannot be iterated
+    kind = MisconfigurationException if error is TypeError else error
+    with pytest.raises(kind, match=f"{'TypeError: ' if error is TypeError else ''}.*the size of the user"):
+        fit(Regression(), DataLoader(regression(16)), BatchLRScheduler(batch_size))
+    fit(Regression(), DataLoader(regression(16)), BatchLRScheduler(8))  # DataLoader is as it was

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from harness.files import FASHION_MNIST
+from harness.configs import compose_config
+from harness.files import FASHION_MNIST, csv_rows
+from lightning_bsl import BatchLRScheduler
+from lightning_bsl.app.compose import make_plan
 from lightning_bsl.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageDataModule, ImageTensors, TinyImageNet
 from lightning_bsl.datasets.image import crop_flip_rotate, epoch_randoms
 
@@ -75,7 +79,7 @@ class TestImageTensors:
 
 
 class TestAugmentation:
-    """P1's RandomCrop(size, 4), RandomHorizontalFlip, RandomRotation(15), image by image by torchvision."""
+    """RandomCrop(size, 4), RandomHorizontalFlip, RandomRotation(15), image by image by torchvision."""
 
     @staticmethod
     def expected(image: Tensor, left: int, top: int, flip: bool, angle: float, padding: int) -> Tensor:
@@ -255,11 +259,24 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [tmp_path]  # only what is missing
 
 
-def write_idx(folder: Path, packed: bool) -> dict[str, tuple[Tensor, Tensor]]:
+@pytest.mark.parametrize("kind", [FashionMNIST, CIFAR10, CIFAR100, TinyImageNet])
+def test_download_without_a_network(kind: type[ImageDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    with pytest.raises(
+        ConnectionError, match=rf"{kind.__name__} could not be downloaded to {tmp_path} .*; try again, or download"
+    ):
+        kind(tmp_path, download=True).prepare_data()
+
+
+def write_idx(folder: Path, packed: bool, train: int = 20) -> dict[str, tuple[Tensor, Tensor]]:
     """Write Fashion-MNIST's four files, with few images."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}
-    for prefix, n in (("train", 20), ("t10k", 6)):
+    for prefix, n in (("train", train), ("t10k", 6)):
         images, labels = random_images(n, 1, 28, seed=n), torch.arange(n) % 10
         splits[prefix] = images, labels
         for name, values in (("images-idx3", images[:, 0]), ("labels-idx1", labels.byte())):
@@ -277,6 +294,7 @@ def write_idx(folder: Path, packed: bool) -> dict[str, tuple[Tensor, Tensor]]:
 def test_fashion_mnist(tmp_path: Path, packed: bool, inside: str) -> None:
     splits = write_idx(tmp_path / inside, packed)
     datamodule = FashionMNIST(tmp_path, batch_size=16)
+    assert datamodule.num_train_examples == 20  # before they are loaded
     datamodule.prepare_data()
     datamodule.setup("fit")
     for split, data in (("train", datamodule.train_set), ("t10k", datamodule.val_set)):
@@ -301,7 +319,7 @@ def test_real_fashion_mnist() -> None:
 
 @pytest.mark.parametrize(("kind", "key"), [(CIFAR10, "labels"), (CIFAR100, "fine_labels")])
 @pytest.mark.parametrize("inside", [False, True])
-def test_cifar(kind: type[CIFAR10], key: str, inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar(kind: type[CIFAR10], key: str, inside: bool, tmp_path: Path) -> None:
     source = kind._source
     folder = tmp_path / source.base_folder
     folder.mkdir()
@@ -311,11 +329,8 @@ def test_cifar(kind: type[CIFAR10], key: str, inside: bool, tmp_path: Path, monk
         labels.append([(number + row) % 10 for row in range(4)])
         entry = {"data": images[-1].reshape(4, 3072).numpy(), key: labels[-1]}
         (folder / name).write_bytes(pickle.dumps(entry))
-    # Torchvision compares checksums with the real files', in two places.
-    monkeypatch.setattr(source, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(source, "_load_meta", lambda self: None)
-
     datamodule = kind(folder if inside else tmp_path, batch_size=4)
+    assert datamodule.num_train_examples == 4 * len(source.train_list)  # before they are loaded
     datamodule.prepare_data()
     datamodule.setup("fit")
     train, val = datamodule.train_set, datamodule.val_set
@@ -325,6 +340,31 @@ def test_cifar(kind: type[CIFAR10], key: str, inside: bool, tmp_path: Path, monk
     assert torch.equal(val.images, images[-1])
     assert train.labels.tolist() == [label for part in labels[:-1] for label in part]
     assert val.labels.tolist() == labels[-1]
+
+
+def test_a_file_of_the_published_size_must_be_the_published_one(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, n in (("train", 4), ("test", 10_000)):
+        entry = {"data": np.zeros((n, 3072), np.uint8), "fine_labels": [0] * n}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    with pytest.raises(
+        ValueError, match=r"test has 10,000 images as published, but not the published checksum.*; remove it and"
+    ):
+        CIFAR100(tmp_path, batch_size=4).setup("fit")
+
+
+def test_the_plan_counts_the_images_that_are_there(tmp_path: Path) -> None:
+    """`bsl-plan` opens no more than the header."""
+    write_idx(tmp_path, packed=True, train=400)
+    cfg = compose_config("data=fashion_mnist")
+    for root, number in ((tmp_path, 400), (tmp_path / "nowhere", 60_000)):
+        cfg.data.root = str(root)
+        plan = make_plan(cfg, BatchLRScheduler(batch_size=40), instantiate(cfg.data))
+        assert plan is not None
+        assert plan.samples == cfg.trainer.max_epochs * number
+        plan.to_csv(tmp_path / "plan.csv")
+        assert float(csv_rows(tmp_path / "plan.csv")[-1]["samples"]) == pytest.approx(plan.samples, abs=40)
 
 
 class TestTinyImageNet:
@@ -342,6 +382,7 @@ class TestTinyImageNet:
                 inside = {"published": "images", "sorted": wnid, "sorted deeper": f"{wnid}/images"}[val]
                 cls.jpeg(folder / "val" / inside / name, 20 * label + 10)
                 lines.append(f"{name}\t{wnid}\t0\t0\t62\t62")
+        (folder / "wnids.txt").write_text("\n".join(cls.WNIDS))
         if val != "sorted":  # who sorts the images may leave this file behind
             (folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
 
@@ -373,18 +414,34 @@ class TestTinyImageNet:
             for data, base in ((train, 100), (test, 10)):
                 expected = (base + 20 * data.labels).view(-1, 1, 1, 1)
                 assert (data.images.long() - expected).abs().max() <= 1
-        assert sorted(path.name for path in folder.iterdir()) == ["decoded.pt", "train", "val"]
+        assert sorted(path.name for path in folder.iterdir()) == ["decoded.pt", "train", "val", "wnids.txt"]
 
     def test_cache_is_used_and_renewed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.write(tmp_path, "published")
         self.load(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_bsl.datasets.image._decode", lambda *args: pytest.fail("decoded again"))
+            patch.setattr("lightning_bsl.datasets.image.tiny_imagenet._decode", lambda *args: pytest.fail("decoded again"))
             self.load(tmp_path)
         self.jpeg(tmp_path / "train" / "n03" / "images" / "n03_9.JPEG", 1)
         assert len(self.load(tmp_path)[0]) == 10
-        (tmp_path / "decoded.pt").write_bytes(b"not a cache")
-        assert len(self.load(tmp_path)[0]) == 10
+        cache = tmp_path / "decoded.pt"
+        whole = cache.read_bytes()
+        for contents in (b"not a cache", b"", whole[:100], whole[: len(whole) // 2], whole[:-1]):
+            cache.write_bytes(contents)
+            assert len(self.load(tmp_path)[0]) == 10
+            assert cache.stat().st_size == len(whole)
+
+    def test_an_image_that_was_replaced_is_decoded_anew(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "published")
+        before = self.load(tmp_path)[0].images[0].clone()
+        self.jpeg(tmp_path / "train" / "n01" / "images" / "n01_0.JPEG", 7)
+        assert not torch.equal(self.load(tmp_path)[0].images[0], before)
+
+    def test_two_hundred_folders_need_no_list(self, tmp_path: Path) -> None:
+        for number in range(200):
+            for split in ("train", "val"):
+                self.jpeg(tmp_path / split / f"n{number:03}" / "a.JPEG", number)
+        assert self.load(tmp_path)[0].labels.tolist() == list(range(200))
 
     def test_folder_not_writable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(**options: Any) -> None:
@@ -401,10 +458,11 @@ class TestTinyImageNet:
         Image.new("RGB", (32, 64)).save(tmp_path / "train" / "n01" / "images" / "odd.JPEG")
         with pytest.raises(ValueError, match=r"odd.JPEG is 32x64, not 64x64"):
             self.load(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val", "wnids.txt"]
 
     def test_no_images(self, tmp_path: Path) -> None:
         (tmp_path / "train").mkdir()
         (tmp_path / "val").mkdir()
-        with pytest.raises(FileNotFoundError, match="the JPEG images of train"):
+        (tmp_path / "wnids.txt").write_text("n01")
+        with pytest.raises(FileNotFoundError, match=r"train has no folder for n01"):
             self.load(tmp_path)

@@ -6,7 +6,11 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Iterable
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +25,8 @@ from torch.utils.data import DataLoader
 
 import datasets
 from lightning_bsl.datasets import ELI5Category, PydocTopics, TextDataModule, TextFolder, TokenBlocks
-from lightning_bsl.datasets.text import (
-    END_OF_TEXT,
-    TokenDocuments,
-    _open_blocks,
-    _open_documents,
-    pad,
-    read_tokenizer,
-    train_tokenizer,
-)
+from lightning_bsl.datasets.text import END_OF_TEXT, TokenDocuments, pad, read_tokenizer, train_tokenizer
+from lightning_bsl.datasets.text.tokens import open_blocks, open_documents
 
 WORDS = ["grow", "the", "batch", "size", "während", "日本", "🙂", "  ", "\n", "rate", "and", "of", END_OF_TEXT]
 OPTIONS: dict[str, Any] = {"block_size": 8, "tokenizer": "train", "vocab_size": 300}
@@ -76,7 +73,7 @@ class TestTokenBlocks:
     def test_a_worker_is_sent_the_name_of_the_file(self, tmp_path: Path) -> None:
         tokens = np.arange(100_000, dtype=np.uint32)
         tokens.tofile(tmp_path / "tokens.bin")
-        sent = pickle.dumps(_open_blocks(tmp_path / "tokens.bin", "<u4", 10))
+        sent = pickle.dumps(open_blocks(tmp_path / "tokens.bin", "<u4", 10))
         assert len(sent) < 1000
         assert pickle.loads(sent)[9999].tolist() == list(range(99_990, 100_000))
         assert pickle.loads(pickle.dumps(TokenBlocks(tokens, 10)))[1].tolist() == list(range(10, 20))
@@ -124,7 +121,7 @@ class TestTokenDocuments:
         tokens, ends = np.arange(100_000, dtype=np.uint32), np.arange(10, 100_001, 10)
         tokens.tofile(tmp_path / "train.bin")
         ends.tofile(tmp_path / "train_ends.bin")
-        sent = pickle.dumps(_open_documents(tmp_path / "train.bin", "<u4", 6))
+        sent = pickle.dumps(open_documents(tmp_path / "train.bin", "<u4", 6))
         assert len(sent) < 1000
         received = pickle.loads(sent)
         assert isinstance(received.tokens, np.memmap)
@@ -189,7 +186,8 @@ class TestWholeDocuments:
 
     def test_a_split_without_a_sample(self, tmp_path: Path) -> None:
         folder_of(tmp_path / "text" / "train", ["enough " * 500])
-        (tmp_path / "text" / "val.jsonl").write_text(json.dumps({"text": "\u200b"}))
+        (tmp_path / "text" / "val").mkdir()
+        (tmp_path / "text" / "val" / "0.jsonl").write_text(json.dumps({"text": "\u200b"}))
         tokenizer = train_tokenizer(["enough " * 500], 300)
         tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")  # a text without a token
         tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -246,7 +244,9 @@ class TestSplit:
     @pytest.mark.parametrize("names", [
         ("train/0.txt", "validation1/0.txt", "validation2/0.txt", "test/0.txt"),
         ("eli5-train.txt", "dev.txt", "Valid_2.txt", "my.test.txt"),
-        ("constrained.txt", "val/0.txt", "val/1.txt", "data/test-00000-of-00001.txt"),
+        ("train/constrained.txt", "val/0.txt", "val/1.txt", "testing/train.txt"),
+        ("training.txt", "valid.txt", "2.dev.txt", "evaluation.txt"),
+        tuple(f"data/{name}-00000-of-00001.txt" for name in ("train", "validation1", "val", "test")),
     ])  # fmt: skip
     def test_files_that_say_their_split(self, names: tuple[str, ...], tmp_path: Path) -> None:
         for name, text in zip(names, texts(4)):
@@ -263,13 +263,12 @@ class TestSplit:
         tokenizer = load(TextFolder(tmp_path / "text", cache_dir=tmp_path / "cache", **OPTIONS)).load_tokenizer()
         assert tokenizer.encode("abab cdcd").tokens == ["abab", "Ġ", "c", "d", "c", "d"]
 
-    @pytest.mark.parametrize("documents", [[], ["", ""], ["one"], ["twice", "twice"]])
+    @pytest.mark.parametrize("documents", [["one"], ["twice", "twice"]])
     def test_nothing_to_hold_out(self, documents: list[str], tmp_path: Path) -> None:
         folder_of(tmp_path / "text" / "test", ["some"])
-        datamodule = TextFolder(folder_of(tmp_path / "text", documents), cache_dir=tmp_path / "cache", **OPTIONS)
-        with pytest.raises(
-            ValueError, match=rf"{len({*documents} - {''})} different documents to train on.*`val` in their names"
-        ):
+        folder_of(tmp_path / "text" / "train", documents)
+        datamodule = TextFolder(tmp_path / "text", cache_dir=tmp_path / "cache", **OPTIONS)
+        with pytest.raises(ValueError, match=r"1 different documents to train on.*put files into folders `train` and `val`"):
             datamodule.prepare_data()
 
     def test_a_split_without_a_block(self, tmp_path: Path) -> None:
@@ -321,7 +320,7 @@ class TestKinds:
         options = OPTIONS | {"cache_dir": tmp_path / "cache"}
         datamodule = load(TextFolder(tmp_path / "text", text_column="body", **options))
         assert sorted(rebuilt(datamodule, "train") + rebuilt(datamodule, "val")) == sorted(texts(20))
-        with pytest.raises(ValueError, match=rf"record 0 of .*{name} has no text in 'text', but id, body; write `text_column`"):
+        with pytest.raises(ValueError, match=rf"{name}: there is no 'text', but id, body; write `text_column`"):
             load(TextFolder(tmp_path / "text", **options))
 
     @pytest.mark.parametrize("layout", ["lists of parts", "list of answers"])
@@ -371,7 +370,8 @@ class TestELI5Download:
             ELI5Category(tmp_path, download=True, **OPTIONS).prepare_data()
 
     def test_downloads_to_where_it_is_looked_for(self, offline: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        def hub(name: str, revision: str) -> datasets.DatasetDict:
+        def hub(name: str, revision: str, cache_dir: str) -> datasets.DatasetDict:
+            assert Path(cache_dir).is_relative_to(tmp_path / "data")  # and is gone with the rest that is unfinished
             assert (name, revision) == ("rexarski/eli5_category", "refs/convert/parquet")
             return datasets.DatasetDict({split: datasets.Dataset.from_list(ELI5[a:b]) for split, (a, b) in PARTS.items()})
 
@@ -425,12 +425,28 @@ class TestCache:
             load(self.make(tmp_path, **options))
             assert len(list((tmp_path / "cache").iterdir())) == before + 1
 
+    @pytest.mark.parametrize("name", ["about.json", "tokenizer.json", "train.bin", "val.bin", "train_ends.bin", "test.bin"])
+    @pytest.mark.parametrize("size", [0, 40, None])
+    def test_one_cut_short_is_written_anew(self, name: str, size: int | None, tmp_path: Path) -> None:
+        before = rebuilt(load(self.make(tmp_path)), "train")
+        file = next((tmp_path / "cache").glob(f"*/{name}"))
+        contents = file.read_bytes()
+        file.unlink() if size is None else file.write_bytes(contents[:size])
+        assert rebuilt(load(self.make(tmp_path)), "train") == before
+        assert file.read_bytes() == contents
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    def test_a_folder_of_text_with_an_about_file_is_no_cache(self, tmp_path: Path) -> None:
+        (tmp_path / "text" / "about.json").write_text('{"text": "about these texts"}')
+        datamodule = load(self.make(tmp_path))
+        assert len(rebuilt(datamodule, "train") + rebuilt(datamodule, "val")) == 21
+
     def test_a_build_that_is_interrupted_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_bsl.datasets.text.json.dumps", interrupt)  # all is written but the last file
+            patch.setattr("lightning_bsl.datasets.text.datamodule.json.dumps", interrupt)  # all is written but the last file
             with pytest.raises(KeyboardInterrupt):
                 self.make(tmp_path).prepare_data()
         assert list((tmp_path / "cache").iterdir()) == []
@@ -449,7 +465,7 @@ class TestCache:
 
         with monkeypatch.context() as patch:
             patch.setattr("tempfile.TemporaryDirectory.__exit__", lambda *_: None)  # nobody cleans up
-            patch.setattr("lightning_bsl.datasets.text.os.replace", kill)
+            patch.setattr("lightning_bsl.datasets.text.datamodule.os.replace", kill)
             with pytest.raises(Killed):
                 self.make(tmp_path).prepare_data()
         datamodule = load(self.make(tmp_path))
@@ -552,20 +568,106 @@ class TestTokenizer:
 
 
 def test_bad_folders(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; write `root`.*`data.root=DIR`"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not there; write `root`.*data.root=DIR"):
         TextFolder(tmp_path / "nowhere").prepare_data()
-    (tmp_path / "README.md").write_text("no")
-    with pytest.raises(FileNotFoundError, match=r"no file in .* can be read: \.txt, \.jsonl, \.json, \.parquet"):
-        TextFolder(tmp_path).prepare_data()
-    with pytest.raises(FileNotFoundError, match="nothing known that could be downloaded"):
-        TextFolder(tmp_path, download=True).prepare_data()
-    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):
-        TextFolder(tmp_path, cache_dir=tmp_path / "cache", **OPTIONS).prepare_data()
-    (tmp_path / "latin.txt").unlink()
-    (tmp_path / "broken.json").write_text('{"text": "a"}\n{"text"\n')
-    with pytest.raises(ValueError, match=r"broken.json is neither a JSON list of records nor one record a line"):
-        TextFolder(tmp_path, cache_dir=tmp_path / "cache", **OPTIONS).prepare_data()
+    (tmp_path / "file.txt").write_text("text")
+    with pytest.raises(FileNotFoundError, match=r"file.txt is no folder; write `root`.*data.root=DIR"):
+        TextFolder(tmp_path / "file.txt").prepare_data()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"no file in .* can be read .*it is empty; .* Nothing is known that could be downl"
+    ):
+        TextFolder(tmp_path / "empty", download=True).prepare_data()
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "text" / "train", texts(20)).parent
+    for name in ("train/scores.csv", "more.csv", "val.jsonl", "LICENSE.txt", "README.md", "LICENSE", ".hidden.txt"):
+        (folder / name).write_text("{}")
+    with pytest.warns(
+        UserWarning, match=r"left out: .csv \(2\), .txt \(1\), .jsonl \(1\), for example LICENSE.txt, more.csv"
+    ) as told:
+        TextFolder(folder, cache_dir=tmp_path / "cache", **OPTIONS).prepare_data()
+    assert "README" not in str(told[0].message)
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """Whatever the rights of a file say, root may read it."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.jsonl", "train.parquet", "folder"])
+def test_what_may_not_be_read(name: str) -> None:
+    with tempfile.TemporaryDirectory(dir=Path(tempfile.gettempdir()).resolve()) as temporary:
+        Path(temporary).chmod(0o755)
+        path = Path(temporary, name)
+        path.mkdir() if name == "folder" else path.write_text("text")
+        path.chmod(0)
+        with without_rights(), pytest.raises(PermissionError, match=rf"{name} cannot be read .*`chmod -R u\+rX`"):
+            list(TextFolder(temporary, cache_dir=Path(temporary, "cache")).documents())
+
+
+def test_a_folder_of_the_caches_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    datamodule = TextFolder(folder_of(tmp_path / "text", texts(9)), cache_dir=tmp_path / "cache", **OPTIONS)
+    with pytest.raises(OSError, match=r"cannot be written to .*cache .*; write `cache_dir`.*data.cache_dir=DIR"):
+        datamodule.prepare_data()
+
+
+def test_python_without_its_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(ModuleNotFoundError, match=r"no `pydoc_data`.*install .*data=text data.root=DIR"):
+        PydocTopics(cache_dir=tmp_path).prepare_data()
+
+
+def test_a_download_replaces_nothing(offline: None, tmp_path: Path) -> None:
+    (tmp_path / "eli5_category").mkdir()
+    (tmp_path / "eli5_category" / "notes.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"eli5_category holds something else .*\(notes.txt\); move it away, or write another"
+    ):
+        ELI5Category(tmp_path, download=True, **OPTIONS).prepare_data()
+
+
+def test_a_download_that_breaks_off_leaves_nothing(offline: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)  # it answers, and then no more
+    with pytest.raises(
+        ConnectionError, match=r"could not be downloaded to .* \(no network in tests\); try again, or download the"
+    ):
+        ELI5Category(tmp_path / "data", download=True, **OPTIONS).prepare_data()
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_folder_of_many_data_sets_is_not_searched_for_eli5(tmp_path: Path) -> None:
+    folder_of(tmp_path / "a_train_test" / "train", texts(5))
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match="ELI5-Category is not in"):
+        ELI5Category(tmp_path).locate()
+
+
+@pytest.mark.parametrize("contents, remedy", [
+    (b'{"version": "1.0", "trunc', "remove it and download it"),
+    (b"", "it is empty: remove it"),
+    (b"<!DOCTYPE html>", "it is a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_broken_tokenizer(name: str, contents: bytes, remedy: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / name).write_bytes(contents)
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    datamodule = TextFolder(folder_of(tmp_path / "text", texts(9)), tokenizer=folder, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=rf"{name} .*no tokenizer.*; .*{re.escape(remedy)}"):
+        datamodule.prepare_data()
 
 
 @pytest.mark.parametrize("options, message", [
@@ -605,14 +707,6 @@ def test_validation_takes_no_more_than_its_share(seed: int, tmp_path: Path) -> N
     assert rebuilt(data, "val") == [short]
 
 
-def test_the_deepest_name_says_the_split(tmp_path: Path) -> None:
-    for place, seed in (("corpus_train/val", 1), ("corpus_train/more", 2)):
-        folder_of(tmp_path / "data" / place, texts(20, seed))
-    data = load(TextFolder(tmp_path / "data", cache_dir=tmp_path / "cache", **OPTIONS))
-    assert sorted(rebuilt(data, "val")) == sorted(texts(20, 1))
-    assert sorted(rebuilt(data, "train")) == sorted(texts(20, 2))
-
-
 def test_the_cache_may_lie_among_the_data(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, texts(50))
     for _ in range(2):
@@ -641,5 +735,5 @@ def test_json_with_a_mark_of_its_encoding_and_without_one(tmp_path: Path) -> Non
     data = load(TextFolder(tmp_path, cache_dir=tmp_path / "cache", **OPTIONS))
     assert len(rebuilt(data, "train")) > 40
     (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}')
-    with pytest.raises(ValueError, match=r"train\.jsonl is neither"):
+    with pytest.raises(ValueError, match=r"train\.jsonl is not UTF-8: byte 0xff in line 1"):
         load(TextFolder(tmp_path, cache_dir=tmp_path / "cache", **OPTIONS))

@@ -273,12 +273,12 @@ def test_fit_and_resume(datamodule: Any, cli: Run, tmp_path: Path) -> None:
     assert scheduler_of(resumed).progress == scheduler.progress
 
 
-def test_the_readmes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_files_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (ROOT / "docs" / "guides" / "lightning-cli.md").read_text()
     for kind, name in (("python", "main.py"), ("yaml", "config.yaml")):
-        (text,) = re.findall(rf"```{kind}\n(# {name}\n.*?)```", readme, flags=re.S)
+        (text,) = re.findall(rf"```{kind}\n(# {name}\n.*?)```", guide, flags=re.S)
         (tmp_path / name).write_text(text)
-    (command,) = re.findall(r"^(python main.py fit --config config.yaml)$", readme, flags=re.M)
+    (command,) = re.findall(r"^(python main.py fit --config config.yaml)$", guide, flags=re.M)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", command.split()[1:])
     runpy.run_path("main.py", run_name="__main__")

@@ -204,7 +204,7 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     (("data=pydoc", "model=gpt_tiny", "model.net.n_positions=32"), ("64 tokens", "`block_size=32`", "`n_positions=64`")),
     (("data=pydoc", "model=gpt_tiny", "model.net.vocab_size=999"), ("2048 tokens", "999", "`vocab_size=2048`")),
     (("data=pydoc", "model=gpt_tiny", "data.block_size=20000"), ("do not fill one block of 20000",)),
-    (("data=text", "model=gpt_tiny", "data.root=nowhere"), ("no folder nowhere", "data.root=DIR")),
+    (("data=text", "model=gpt_tiny", "data.root=nowhere"), ("nowhere is not there", "data.root=DIR")),
     (("data=eli5", "model=gpt_tiny", "data.root=nowhere"), ("nowhere/eli5_category", "data.download=true")),
     (("scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=99"), ("counts in tokens", "unit='samples'")),
     (("data=cifar10", "data.root=nowhere"), ("nowhere", "data.root", "data.download=true")),
@@ -248,7 +248,7 @@ def test_warns_once_of_the_plan(run: Run, tmp_path: Path) -> None:
 def test_plan_says_what_theory_says(run: Run, tmp_path: Path) -> None:
     overrides = ("data=quadratic", "scheduler.lr.factor=1.9", "trainer.max_epochs=20")
     printed = run("plan.py", *overrides, folder=tmp_path / "out").both
-    for said in ("B_T", "V_T", "bound", "gamma^2 >= delta", "rate >= 2/L", "P1 (iii)"):
+    for said in ("B_T", "V_T", "bound", "gamma^2 >= delta", "rate >= 2/L", "arXiv 2409.08770 (iii)"):
         assert said in printed, said
     without = run("plan.py", "data=cifar100", "trainer.max_epochs=300", folder=tmp_path / "other").both
     assert "B_T stalls" in without

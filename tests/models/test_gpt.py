@@ -47,7 +47,7 @@ def test_weights_of_a_folder(tmp_path: Path) -> None:
     tokens = torch.arange(8)[None]
     assert torch.equal(loaded(tokens).logits, net.eval()(tokens).logits)
     assert loaded.training
-    with pytest.raises(ValueError, match=r"'n_layer': 1.*asked for were .*'n_layer': 2"):
+    with pytest.raises(ValueError, match=r"'n_layer': 1.*but the arguments are .*'n_layer': 2"):
         distilgpt2(**TINY | {"n_layer": 2}, pretrained=tmp_path)
     with pytest.raises(FileNotFoundError, match="is no folder that `save_pretrained` wrote"):
         distilgpt2(pretrained=tmp_path / "nowhere")

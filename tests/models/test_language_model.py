@@ -23,12 +23,12 @@ from transformers import BatchEncoding
 from harness import fits
 from harness.fits import quiet
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule, FullGradientNorm, GradientNoiseScale
-from lightning_bsl.callbacks.gradient_noise import estimate
 from lightning_bsl.datasets import TokenBlocks
 from lightning_bsl.datasets.text import identity
 from lightning_bsl.models import CausalLM, distilgpt2
 from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import Exponential, Warmup
+from lightning_bsl.theory.noise_scale import estimate_noise
 
 VOCABULARY, LENGTH = 40, 6
 
@@ -103,7 +103,7 @@ def test_loss_and_perplexity_are_those_of_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 def test_the_sign_of_the_gradient(kind: Any) -> None:
-    """betas (0, 0): every weight moves by the learning rate, as P4's analysis has it."""
+    """betas (0, 0): every weight moves by the learning rate, as in the analysis of Li et al. (arXiv 2405.14578)."""
     model, batch = make(optimizer=partial(kind, lr=0.01, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)), tokens(blocks(5))
     optimizer = model.configure_optimizers()
     before = {name: each.detach().clone() for name, each in model.named_parameters()}
@@ -133,9 +133,9 @@ def test_what_decays() -> None:
 
 
 @pytest.mark.parametrize("sizes, padded, message", [
-    ({"n_positions": 4}, False, "have 6 tokens, but the network has positions for 4 only.*`block_size=4`.*`n_positions=6`"),
-    ({"n_positions": 4}, True, "have up to 6 tokens, but the network has positions for 4 only.*`block_size=4`"),
-    ({"vocab_size": 30}, False, "up to 40 tokens, but the network knows 30 only; write `vocab_size=40`"),
+    ({"n_positions": 4}, False, "have 6 tokens, but the network has only 4 positions.*`block_size=4`.*`n_positions=6`"),
+    ({"n_positions": 4}, True, "have up to 6 tokens, but the network has only 4 positions.*`block_size=4`"),
+    ({"vocab_size": 30}, False, "up to 40 tokens, but the network has only 30; write `vocab_size=40`"),
 ])  # fmt: skip
 def test_a_network_too_small_for_the_data(sizes: dict[str, int], padded: bool, message: str) -> None:
     data = Data()
@@ -151,7 +151,7 @@ def test_pretrained_weights_with_another_tokenizer(tmp_path: Path) -> None:
     data = Data()
     fit(CausalLM(distilgpt2(**sizes, pretrained=tmp_path)), data=data)
     data.trained_tokenizer = True  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"go with the tokenizer they were trained with.*`tokenizer=gpt2`"):
+    with pytest.raises(ValueError, match=r"need the tokenizer they were trained with.*`tokenizer=gpt2`"):
         fit(CausalLM(distilgpt2(**sizes, pretrained=tmp_path)), data=data)
     fit(make(), data=data)
 
@@ -375,7 +375,7 @@ def test_gradient_noise_scale() -> None:
     fresh = make()
     small = sum(gradient(fresh, part).square().sum().item() for part in parts) / 3
     big = gradient(fresh, torch.cat(parts)).square().sum().item()
-    expected = estimate(small, 4, big, 12)
+    expected = estimate_noise(small, 4, big, 12)
     assert (noise.gradient_sq_norm, noise.gradient_variance) == pytest.approx(expected, rel=1e-3)
 
 

@@ -1,213 +1,172 @@
-"""`scripts/report.py`: which runs it finds, what it computes from them, and what it refuses."""
+"""`bsl-report`: what it computes from runs, and what it refuses."""
 
 from __future__ import annotations
 
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from harness.commands import run_script
-from harness.configs import compose_config
 from harness.files import csv_rows
 from harness.runs import sweep, write_run
-from lightning_bsl.report.overlays import band
-from lightning_bsl.runs import Group, Target, default_baseline, find_runs, group_runs, parse_target
-from lightning_bsl.runs.compare import against_bounds, default_targets, estimate, how_soon, ratio, where_ended
+from lightning_bsl.runs import Group, Target, compare, default_baseline, find_runs, group_runs, parse_target
+from lightning_bsl.runs.compare import band, default_targets, mean, ratio
 from lightning_bsl.runs.find import Run
+from lightning_bsl.runs.folder import write_bound
 
 SCRIPT = "report.py"
+NORM = Target("full_gradient_norm", 1.0, False)
+NAN = math.nan
 
 
-# --- what is found
+def found_groups(folder: Path) -> list[Group]:
+    return group_runs(find_runs([folder]).runs)
 
 
-def test_groups_are_runs_that_differ_in_their_seed_only(tmp_path: Path) -> None:
-    write_run(tmp_path / "0", ["seed=0"])  # the default, not written out
-    write_run(
-        tmp_path / "1", ["scheduler=increasing_both", "seed=1", "logger=tensorboard", "trainer.enable_progress_bar=false"]
-    )
-    write_run(tmp_path / "2", ["scheduler=constant", "seed=0"])
-    write_run(tmp_path / "10", ["scheduler=constant", "optimizer.lr=0.2", "seed=0"])
-    groups = group_runs(find_runs([tmp_path]).runs)
-    assert [(group.name, [run.name for run in group.runs]) for group in groups] == [
-        ("increasing_both, optimizer.lr=0.1", ["0", "1"]),
-        ("constant, optimizer.lr=0.1", ["2"]),
-        ("constant, optimizer.lr=0.2", ["10"]),
-    ]
-    assert [run.seed for run in groups[0].runs] == [0, 1]
-    assert [group.name for group in group_runs(groups[0].runs)] == ["increasing_both"]
+def numbers(groups: list[Group], target: Target = NORM, baseline: int = 0) -> Any:
+    return compare(groups, [target], groups[baseline]).set_index(["what", "group", "axis"]).sort_index()
 
 
-def test_labels_are_as_short_as_tells_groups_apart(tmp_path: Path) -> None:
-    for number, (scheduler, lr) in enumerate((("constant", 0.1), ("increasing_both", 0.2))):
-        write_run(tmp_path / str(number), [f"scheduler={scheduler}", f"optimizer.lr={lr}"])
-    assert [group.name for group in group_runs(find_runs([tmp_path]).runs)] == ["constant", "increasing_both"]
+# --- when a target is reached
 
 
-def test_a_folder_is_read_once(tmp_path: Path) -> None:
-    sweep(tmp_path / "sweep")
-    assert len(find_runs([tmp_path / "sweep", tmp_path, tmp_path / "sweep" / "0"]).runs) == 6
+def run_of(values: list[float], metric: str = "full_gradient_norm") -> Run:
+    samples = [float(10 * (i + 1)) for i in range(len(values))]
+    log = pd.DataFrame({"metric": metric, "value": values, "samples": samples, "step": samples, "epoch": NAN, "stage": NAN})
+    return Run(Path(), "a", log.assign(epochs=NAN, steps=samples, tokens=NAN, seconds=NAN))
 
 
-def test_unfinished_and_empty_runs(tmp_path: Path) -> None:
-    sweep(tmp_path)
-    half = write_run(tmp_path / "6", ["scheduler=increasing_both", "seed=3"], [3, 2], epochs=6)
-    stopped = write_run(tmp_path / "7", ["scheduler=increasing_both", "seed=4"], [3, 2], epochs=6)
-    (stopped / "curves.png").touch()  # drawn when the fit ends
-    (write_run(tmp_path / "8", ["seed=5"]) / "metrics.csv").write_text("")
-    (write_run(tmp_path / "9", ["seed=6"]) / "metrics.csv").unlink()
-    write_run(tmp_path / "other", columns=("epoch", "step", "val/loss"), ours=False)
-    found = find_runs([tmp_path])
-    assert [name for name, _ in found.without] == ["8", "9", "other"]
-    assert [reason.split()[0] for _, reason in found.without] == ["metrics.csv", "no", "`samples`"]
-    states = {run.folder: run.progress for run in found.runs}
-    assert states[half] == "unfinished at 200 of 600 samples (33%)"
-    assert states[stopped] == "stopped at 200 of 600 samples (33%)"
-    growing = group_runs(found.runs)[1]
-    assert [run.folder for run in growing.unfinished] == [half]
-    assert half not in [run.folder for run in growing.counted]
+@pytest.mark.parametrize("values, at, ever", [
+    ([4, 1, 0.5], 20, True),
+    ([0.1, 3, 2, 0.9, 0.8], 40, True),  # starts low, rises, falls: as a gradient norm may
+    ([0.1, 3, 0.9, 2, 0.8], 50, True),  # noise: from the last crossing on
+    ([4, 3, 2], None, False),
+    ([4, 0.9, 2], None, True),  # in passing only
+    ([0.9, 0.8], 10, True),  # kept from the start
+    ([1], 10, True),  # exactly at it, and the only point
+    ([2], None, False),
+    ([4, 0.5, NAN], None, True),  # it diverged
+    ([NAN, 0.5, 0.4], 20, True),
+    ([NAN, NAN], None, False),
+    ([4, math.inf, 0.5], 30, True),
+])  # fmt: skip
+def test_a_target_is_reached_where_it_is_kept(values: list[float], at: float | None, ever: bool) -> None:
+    row, was_there = NORM.reached(run_of(values))
+    assert (row and row["samples"], was_there) == (at, ever)
+    higher = Target("val/accuracy", -1.0, True)  # the same the other way up
+    row, was_there = higher.reached(run_of([-value for value in values], "val/accuracy"))
+    assert (row and row["samples"], was_there) == (at, ever)
 
 
-def test_a_plan_is_no_run(tmp_path: Path) -> None:
-    sweep(tmp_path)
-    plan = write_run(tmp_path / "plan")
-    (plan / "metrics.csv").unlink()
-    (plan / ".hydra" / "hydra.yaml").write_text("hydra:\n  job:\n    name: plan\n    chdir: null\n")
-    assert find_runs([tmp_path]).without == []
+def test_runs_that_were_at_the_target_in_passing_are_counted_apart(tmp_path: Path) -> None:
+    for seed, norms in enumerate(([0.5, 3, 2, 0.9], [4, 0.5, 2, 2], [4, 3, 2, 2])):
+        write_run(tmp_path / str(seed), [f"seed={seed}"], norms)
+    groups = found_groups(tmp_path)
+    line = numbers(groups).loc["to_target", groups[0].name, "samples"]
+    assert (line["runs"], line["of"], line["in_passing"], line["value"]) == (1, 3, 1, 400)
+    none = numbers(groups, Target("full_gradient_norm", 0.6, False)).loc["to_target", groups[0].name, ""]
+    assert (none["runs"], none["of"], none["in_passing"]) == (0, 3, 2)
+    assert math.isnan(none["value"])
 
 
-def test_a_resumed_run_is_one_with_its_beginning(tmp_path: Path) -> None:
-    write_run(tmp_path / "0", ["seed=0"], [8, 7], epochs=4)
-    whole = write_run(tmp_path / "1", ["seed=0", "ckpt_path=../0/checkpoints/last.ckpt"], [8, 7, 6, 5])
-    lines = (whole / "metrics.csv").read_text().splitlines()
-    (whole / "metrics.csv").write_text("\n".join([lines[0], *lines[3:]]) + "\n")
-    found = find_runs([tmp_path])
-    (run,) = found.runs
-    assert run.curve("full_gradient_norm")[1].tolist() == [8, 7, 6, 5]
-    assert run.ended
-    assert "goes on from" in found.notes[0]
+def test_default_targets_are_what_every_run_kept(tmp_path: Path) -> None:
+    groups = found_groups(sweep(tmp_path / "sweep"))
+    targets = default_targets(groups)
+    assert targets == [NORM, Target("val/loss", 0.5, False)]
+    lines = compare(groups, targets, groups[0])
+    lines = lines[lines["what"] == "to_target"]
+    assert (lines["runs"] == 3).all() and (lines["of"] == 3).all() and (lines["in_passing"] == 0).all()
+    write_run(tmp_path / "worse", ["seed=9"], [4, 1, 3])
+    write_run(tmp_path / "diverged", ["seed=8"], [4, 1, NAN])
+    assert default_targets(found_groups(tmp_path))[0].value == 3  # its last value, not its best
 
 
-def test_what_was_measured_without_a_clock_is_put_on_every_axis(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "0")
-    with open(folder / "metrics.csv", "a") as file:
-        file.write("1,14,,,,,2.5,\n")  # between steps 9 and 19, as FullGradientNorm(unit="step") writes
-    (run,) = find_runs([tmp_path]).runs
-    row = next(row for row in run.rows if row["step"] == 14)
-    assert (row["samples"], row["seconds"], row["epochs"], row["steps"]) == (150, 0.75, 1.5, 15)
+# --- intervals
 
 
-def test_epochs_without_a_plan(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "0", norms=[4, 3, 2])
-    (folder / "plan.csv").unlink()
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    lines[-1] = "2,24,250,1.25,10,0.1,2,1"  # the third epoch is half done
-    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    (run,) = find_runs([tmp_path]).runs
-    assert run.curve("full_gradient_norm", "epochs")[0].tolist() == [1, 2, 2.5]
-    assert run.progress == "unfinished at 2.5 of 3 epochs, 250 samples"
-
-
-def test_training_loss_is_that_of_whole_epochs(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "0", norms=[4, 3, 2])
-    text = "epoch,step,samples,train/loss\n0,4,50,9\n0,9,100,4\n1,14,150,8\n1,19,200,3\n2,24,250,7\n2,29,300,2\n"
-    (folder / "metrics.csv").write_text(text)
-    (run,) = find_runs([tmp_path]).runs
-    assert run.curve("train/loss")[1].tolist() == [4, 3, 2]
-    (folder / "metrics.csv").write_text("\n".join(text.splitlines()[:4]) + "\n")  # a run of one epoch has nothing else
-    (run,) = find_runs([tmp_path]).runs
-    assert run.curve("train/loss")[1].tolist() == [9, 4, 8]
-
-
-def test_logs_of_others(tmp_path: Path) -> None:
-    for name in ("mine/version_0", "mine/version_1", "grown_seed1", "grown_seed2", "grown-seed=3"):
-        write_run(tmp_path / name, ours=False)
-    groups = group_runs(find_runs([tmp_path]).runs)
-    found = [(group.name, [run.seed for run in group.runs]) for group in groups]
-    assert sorted(found, key=str) == [("grown", [3, 1, 2]), ("mine", [None, None])]
-    assert all(run.ended for group in groups for run in group.runs)
-    assert sorted(run.name for run in groups[-1].runs) == ["mine/version_0", "mine/version_1"]
-
-
-def test_tensorboard_logs(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    for seed in range(2):
-        logger = TensorBoardLogger(str(tmp_path), name=f"grown_seed{seed}", version="")
-        for epoch in range(3):
-            values = {
-                "epoch": epoch,
-                "samples": 100.0 * (epoch + 1),
-                "batch_size": 10.0,
-                "lr": 0.5,
-                "val/loss": 1.0 / (epoch + 1),
-            }
-            logger.log_metrics(values, step=10 * epoch + 9)
-        logger.finalize("success")
-    write_run(tmp_path / "ours" / "0")
-    logger = TensorBoardLogger(str(tmp_path / "ours" / "0"), name="tensorboard", version="")  # the same run once more
-    logger.log_metrics({"samples": 1.0}, step=0)
-    logger.finalize("success")
-    groups = group_runs(find_runs([tmp_path]).runs)
-    assert [(group.name, len(group.runs)) for group in groups] == [("grown", 2), ("increasing_both", 1)]
-    run = groups[0].runs[1]
-    x, y = run.curve("val/loss")
-    assert (run.seed, x.tolist()) == (1, [100, 200, 300])
-    assert y.tolist() == pytest.approx([1, 1 / 2, 1 / 3])
-    assert len(run.curve("val/loss", "seconds")[0]) == 3
-    assert run.curve("val/loss", "epochs")[0].tolist() == pytest.approx([1, 2, 3])
-
-
-# --- what is computed
-
-
-def test_first_crossings_and_ratios(tmp_path: Path) -> None:
-    fixed, growing = groups = group_runs(find_runs([sweep(tmp_path)]).runs)
+def test_times_have_the_interval_of_their_logarithm(tmp_path: Path) -> None:
+    fixed, growing = groups = found_groups(sweep(tmp_path))
     assert default_baseline(groups) is fixed
     assert default_baseline([growing, fixed]) is fixed
-    one, other = how_soon(groups, [Target("full_gradient_norm", 1.0, False)], fixed)
-    assert (one.reached, one.of, other.reached, other.of) == (3, 3, 3, 3)
-    assert one.means["samples"].value == 500
-    assert one.means["steps"].value == 50
-    assert one.means["epochs"].value == 5
-    assert other.means["seconds"].value == pytest.approx(0.5 * 7 / 3)
-    assert other.means["steps"].value == pytest.approx((20 + 20 + 25) / 3)
-    low, high = stats.t.interval(0.95, 2, 500, stats.sem([400, 500, 600]))
-    assert one.means["samples"][1:3] == pytest.approx((low, high))
-    assert one.ratios == {}
+    lines = numbers(groups)
+    samples = lines.loc["to_target", fixed.name, "samples"]
+    assert samples["value"] == pytest.approx((400 * 500 * 600) ** (1 / 3))
+    ends = stats.t.interval(0.95, 2, np.log([400, 500, 600]).mean(), stats.sem(np.log([400, 500, 600])))
+    assert (samples["low"], samples["high"]) == pytest.approx(tuple(np.exp(ends)))
+    assert samples["interval"] == "log t"
+    assert lines.loc["to_target", fixed.name, "steps"]["value"] == pytest.approx((40 * 50 * 60) ** (1 / 3))
+    assert lines.loc["to_target", growing.name, "steps"]["value"] == pytest.approx((20 * 20 * 25) ** (1 / 3))
+    assert lines.loc["to_target", growing.name, "epochs"]["value"] == pytest.approx(12 ** (1 / 3))
+    assert lines.loc["to_target", growing.name, "seconds"]["value"] == pytest.approx(0.5 * 12 ** (1 / 3))
+    to = lines.loc["ratio_to_constant_decaying", growing.name, "samples"]
     paired = stats.ttest_rel(np.log([200, 200, 300]), np.log([400, 500, 600])).confidence_interval(0.95)
-    found = other.ratios["samples"]
-    assert found.method == "paired"
-    assert found.value == pytest.approx((2 / 4 * 2 / 5 * 3 / 6) ** (1 / 3))
-    assert found[1:3] == pytest.approx((math.exp(paired.low), math.exp(paired.high)))
+    assert (to["interval"], to["value"]) == ("paired", pytest.approx((2 / 4 * 2 / 5 * 3 / 6) ** (1 / 3)))
+    assert (to["low"], to["high"]) == pytest.approx((math.exp(paired.low), math.exp(paired.high)))
+    assert ("ratio_to_constant_decaying", fixed.name, "samples") not in lines.index
+
+
+def test_no_interval_of_a_positive_quantity_goes_below_0(tmp_path: Path) -> None:
+    for seed, norms in enumerate(([0.5, 0.5, 0.5, 0.1], [4, 4, 4, 1.0])):  # reached after 1 and after 4 epochs
+        write_run(tmp_path / str(seed), [f"seed={seed}"], norms)
+    groups = found_groups(tmp_path)
+    lines = compare(groups, [NORM], groups[0])
+    assert stats.ttest_1samp([100, 400], 0).confidence_interval(0.95).low < 0
+    positive = lines[(lines["what"] == "to_target") | (lines["metric"] == "full_gradient_norm")]
+    assert len(positive) == 6 and (positive["low"] > 0).all() and (positive["low"] < positive["value"]).all()
+    loss = lines[(lines["metric"] == "val/loss") & (lines["what"] == "final")].iloc[0]
+    assert (loss["interval"], loss["value"]) == ("t", pytest.approx(0.275))  # a loss may be below 0
+
+
+@pytest.mark.parametrize("values, positive, expected", [
+    ([3.0], True, (3, NAN, NAN, 1, "")),
+    ([2.0, 2.0], True, (2, 2, 2, 2, "log t")),
+    ([0.0, 0.0], True, (0, NAN, NAN, 2, "")),
+    ([1.0, 2.0, 3.0], False, (2, 2 - 2.484138, 2 + 2.484138, 3, "t")),
+    ([0.0, 100.0, 100.0], True, (0, NAN, NAN, 3, "")),  # at the target from the start: 0 has no logarithm
+    ([1.0, NAN], False, (NAN, NAN, NAN, 2, "")),
+])  # fmt: skip
+def test_means(values: list[float], positive: bool, expected: tuple[Any, ...]) -> None:
+    *ends, runs, interval = mean(values, positive)
+    assert ends == pytest.approx(list(expected[:3]), nan_ok=True)
+    assert (runs, interval) == expected[3:]
+
+
+def test_equal_values_are_their_mean_to_the_last_digit() -> None:
+    assert mean([12800.0] * 3, positive=True)[:3] == (12800, 12800, 12800)
+    assert mean([400.0], positive=True).value == 400
 
 
 def test_ratio_of_other_seeds_is_welchs() -> None:
     ours, theirs = [2.0, 3.0, 5.0], [8.0, 9.0, 15.0, 10.0]
     welch = stats.ttest_ind(np.log(ours), np.log(theirs), equal_var=False).confidence_interval(0.95)
     for seeds in ([0, 1, 2], [None] * 3):
-        found = ratio(list(zip(seeds, ours)), list(enumerate(theirs)))
-        assert found.method == "Welch"
-        assert found[1:3] == pytest.approx((math.exp(welch.low), math.exp(welch.high)))
-    assert ratio([(0, 2.0), (0, 2.5)], [(0, 4.0), (0, 5.0)]).method == "Welch"  # one seed twice has no pairs
+        to = ratio(list(zip(seeds, ours)), list(enumerate(theirs)))
+        assert to.interval == "Welch"
+        assert to[1:3] == pytest.approx((math.exp(welch.low), math.exp(welch.high)))
+    assert ratio([(0, 2.0), (0, 2.5)], [(0, 4.0), (0, 5.0)]).interval == "Welch"  # one seed twice has no pairs
     alone = ratio([(0, 2.0)], [(0, 4.0)])
     assert alone.value == 0.5
     assert math.isnan(alone.low)
-    assert ratio([(0, 0.0)], [(0, 4.0)]).number == 0
-    assert math.isnan(estimate([3.0]).low)
+    assert ratio([(0, 0.0)], [(0, 4.0)]).runs == 0
+    pairs = ratio([(1, 8.0), (0, 2.0)], [(0, 4.0), (1, 16.0)])  # whatever their order
+    assert (pairs.interval, pairs.value, pairs.low) == ("paired", pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_no_ratio_where_a_run_did_not_get_there(tmp_path: Path) -> None:
-    groups = group_runs(find_runs([sweep(tmp_path)]).runs)
-    one, other = how_soon(groups, [Target("full_gradient_norm", 0.9, False)], groups[0])
-    assert (one.reached, one.of, other.reached) == (2, 3, 2)
-    assert other.ratios == {}
-    assert one.means["samples"].number == 2
+    groups = found_groups(sweep(tmp_path))
+    lines = compare(groups, [Target("full_gradient_norm", 0.9, False)], groups[0])
+    soon = lines[(lines["what"] == "to_target") & (lines["axis"] == "samples")]
+    assert (soon["runs"].tolist(), soon["of"].tolist()) == ([2, 2], [3, 3])
+    assert not lines["what"].str.startswith("ratio").any()
+
+
+# --- targets, ends, bounds
 
 
 def test_targets() -> None:
@@ -219,50 +178,38 @@ def test_targets() -> None:
             parse_target(text)
 
 
-def test_default_targets_are_what_every_run_reached(tmp_path: Path) -> None:
-    groups = group_runs(find_runs([sweep(tmp_path)]).runs)
-    targets = default_targets(groups)
-    assert targets == [Target("full_gradient_norm", 1.0, False), Target("val/loss", 0.5, False)]
-    assert all(each.reached == each.of == 3 for each in how_soon(groups, targets, groups[0]))
-
-
 def test_last_and_best(tmp_path: Path) -> None:
     write_run(tmp_path / "0", ["seed=0"], [4, 1, 2])
     write_run(tmp_path / "1", ["seed=1"], [4, 2, 3])
-    norm, loss = where_ended(group_runs(find_runs([tmp_path]).runs))
-    assert (norm.last.value, norm.best.value, loss.best.value) == (2.5, 1.5, 0.75)
+    lines = compare(found_groups(tmp_path), [], found_groups(tmp_path)[0]).set_index(["what", "metric"])["value"]
+    assert lines["final", "full_gradient_norm"] == pytest.approx(6**0.5)
+    assert lines["best", "full_gradient_norm"] == pytest.approx(2**0.5)
+    assert (lines["final", "val/loss"], lines["best", "val/loss"]) == (1.25, 0.75)
 
 
 def test_band() -> None:
     of = band([(np.array([0.0, 4.0]), np.array([0.0, 4.0])), (np.array([1.0, 3.0]), np.array([3.0, 5.0]))], points=3)
-    assert of.x.tolist() == [1, 2, 3]
-    assert of.mean.tolist() == [2, 3, 4]
-    assert (of.low.tolist(), of.high.tolist()) == ([1, 2, 3], [3, 4, 5])
+    assert of.index.tolist() == [1, 2, 3]
+    assert of.T.to_numpy().tolist() == [[2, 3, 4], [1, 2, 3], [3, 4, 5]]
 
 
 def test_diverged_runs_are_compared_too(tmp_path: Path) -> None:
-    write_run(tmp_path / "0", ["seed=0"], [4, float("nan"), float("nan")])
-    groups = group_runs(find_runs([tmp_path]).runs)
+    write_run(tmp_path / "0", ["seed=0"], [4, NAN, NAN])
+    groups = found_groups(tmp_path)
     assert groups[0].runs[0].curve("full_gradient_norm")[0].tolist() == [100]
-    (one,) = how_soon(groups, [Target("full_gradient_norm", 1.0, False)], groups[0])
-    assert (one.reached, one.of) == (0, 1)
+    line = numbers(groups).loc["to_target", groups[0].name, ""]
+    assert (line["runs"], line["of"], line["in_passing"]) == (0, 1, 0)
 
 
-def test_bound_beside_the_measurement() -> None:
-    config = compose_config("data=quadratic", "scheduler=constant", "trainer.max_epochs=2")
-    rows = [
-        {"step": 511.0, "samples": 4096.0, "full_gradient_norm": 0.5},
-        {"step": 1023.0, "samples": 8192.0, "full_gradient_norm": 0.2},
-    ]
-    others = [dict(row, full_gradient_norm=0.4) for row in rows]
-    runs = [Run(Path(), "a", some, seed, config=config) for seed, some in enumerate((rows, others))]
-    (held,) = against_bounds([Group("a", runs), Group("none", [Run(Path(), "b", rows, config=compose_config())])])
-    assert held.measured == pytest.approx((0.2**2 + 0.4**2) / 2)
-    lr, batch = config.optimizer.lr, config.scheduler.batch_size.start
-    steps = 2 * 4096 // batch
-    assert held.bound == pytest.approx(2 / (2 - lr) / (steps * lr) + 1 / (2 - lr) * lr / batch)
-    config.scheduler._target_ = "os.getcwd"  # a log does not run code
-    assert against_bounds([Group("a", runs)]) == []
+def test_bound_beside_the_measurement(tmp_path: Path) -> None:
+    for seed, norms in enumerate(([0.5, 0.2], [0.4, 0.4])):
+        write_bound(write_run(tmp_path / str(seed), [f"seed={seed}"], norms), [(100, 0.7), (200, 0.6), (300, 0.1)])
+    (write_run(tmp_path / "2", ["scheduler=constant"], [0.5, 0.2]) / "bound.csv").write_text("samples\nnone\n")
+    groups = found_groups(tmp_path)
+    lines = compare(groups, [], groups[0]).set_index(["what", "group"])["value"]
+    assert lines["measured_min_squared_norm", groups[0].name] == pytest.approx((0.2**2 + 0.4**2) / 2)
+    assert lines["bound", groups[0].name] == pytest.approx(0.6**2)  # up to the last measurement
+    assert ("bound", groups[1].name) not in lines.index
 
 
 # --- the command
@@ -306,7 +253,7 @@ def test_language_models_have_tokens_and_perplexity(tmp_path: Path, monkeypatch:
         f"val_perplexity-{axis}.png" for axis in ("epochs", "steps", "samples", "tokens")
     }
     reached = {row["axis"]: float(row["value"]) for row in csv_rows(out / "report.csv") if row["what"] == "to_target"}
-    assert reached == {"epochs": 2, "steps": 20, "samples": 200, "tokens": 12800}
+    assert reached == pytest.approx({"epochs": 2, "steps": 20, "samples": 200, "tokens": 12800})
     assert "No seconds" in (out / "report.html").read_text()
 
 

@@ -1,7 +1,9 @@
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,11 +14,13 @@ from lightning_bsl.schedules import (
     Diminishing,
     Exponential,
     Horizon,
+    LinearScaling,
     Milestones,
     Polynomial,
     PolynomialDecay,
     Progress,
     Schedule,
+    SqrtScaling,
     Warmup,
 )
 
@@ -184,7 +188,7 @@ def test_tokens_where_the_examples_have_none() -> None:
         (Constant, {"start": 1, "minimum": 3, "maximum": 2}, r"`minimum=3` is above `maximum=2`; swap"),
         (Cosine, {"start": 1, "total": 0}, r"`total=0`.*write an int of 1 or more, or leave it out"),
         (PolynomialDecay, {"start": 1, "total": -1}, r"`total=-1`.*write an int of 1 or more, or leave it out"),
-        (Milestones, {"values": [1, 2], "at": [3, 4]}, r"2 milestones.*3 stretches.*2 values"),
+        (Milestones, {"values": [1, 2], "at": [3, 4]}, r"2 milestones need 3 values.*has 2"),
         (Milestones, {"values": [1, 2, 3], "at": [4, 4]}, r"`at=\(4, 4\)` must increase"),
         (Milestones, {"values": [1, 2], "at": [0]}, r"`at=\(0,\)` must increase, from 1"),
         (Milestones, {"values": [1, 2], "at": [3], "every": 2}, r"no `every` \(got 2\).*`at`"),
@@ -290,3 +294,22 @@ def test_the_value_never_changes_before_next_change(schedule: Schedule) -> None:
 )
 def test_next_change_is_tight(schedule: Schedule, count: int, change: int | None) -> None:
     assert schedule.next_change(at("epoch", count)) == change
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Constant(None), r"`Constant\(start=None\)` is not a number: write an int or a float"),  # type: ignore[arg-type]
+    (lambda: Exponential("0.1", factor=2), r"`Exponential\(start='0\.1'\)` is not a number"),  # type: ignore[arg-type]
+    (lambda: Exponential(8, factor=None), r"`Exponential\(factor=None\)`"),  # type: ignore[arg-type]
+    (lambda: Exponential(8, factor=2, maximum="4096"), r"`Exponential\(maximum='4096'\)`"),  # type: ignore[arg-type]
+    (lambda: Cosine(True), r"`Cosine\(start=True\)`"),
+    (lambda: Milestones([1, None], [30]), r"`Milestones\(values=None\)`"),  # type: ignore[list-item]
+    (lambda: SqrtScaling(None, 8), r"SqrtScaling\(base_lr=None\): write a finite number above 0"),  # type: ignore[arg-type]
+    (lambda: LinearScaling("0.1", 8), r"LinearScaling\(base_lr='0\.1'\)"),  # type: ignore[arg-type]
+])  # fmt: skip
+def test_what_is_no_number_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Exponential(np.float32(8), factor=np.float64(2))(at("epoch", 1)) == 16

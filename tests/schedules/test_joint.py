@@ -111,7 +111,7 @@ def test_the_rate_grows_as_fast_as_the_batch(lr: Any) -> None:
 
 
 @pytest.mark.parametrize("lr", [Exponential(0.1, factor=math.sqrt(2), every=30), SqrtScaling(0.1, 8)])
-def test_the_limit_is_the_best_exponent_but_not_p1s_bound(lr: Any) -> None:
+def test_the_limit_is_the_best_exponent_but_not_below_the_bound(lr: Any) -> None:
     message = doubling(lr)
     assert message is not None and "gamma^2 = delta" in message and "eps^-4 times a logarithm" in message
 
@@ -126,7 +126,7 @@ def test_the_limit_is_the_best_exponent_but_not_p1s_bound(lr: Any) -> None:
         Exponential(0.1, factor=0.5, every=30),
         Exponential(0.1, factor=1.9, every=60),  # sqrt(1.9) a stage of the batch
         NoiseScaling(0.1, 128),
-        Warmup(0.1, then=Constant(0.2), over=30, every=3),  # P1 (iv): steep, but it ends
+        Warmup(0.1, then=Constant(0.2), over=30, every=3),  # case (iv): steep, but it ends
         lambda progress: 0.1 * 9**progress.epoch,  # nobody can know
     ],
 )

@@ -50,7 +50,7 @@ def test_numbers_of_the_papers(start: int, every: int, epochs: int, steps: int, 
     assert whole.samples == epochs * N
 
 
-def test_p1_scheduler_iii() -> None:
+def test_scheduler_iii() -> None:
     whole = plan(JointSchedule(Exponential(8, 2, every=30), Exponential(0.1, 1.292, every=30)), N, epochs=300)
     assert [stage.batch_size for stage in whole.stages] == [8 * 2**m for m in range(10)]
     assert [stage.lr for stage in whole.stages] == pytest.approx([0.1 * 1.292**m for m in range(10)])

@@ -1,4 +1,4 @@
-"""B_T and V_T against sums over every step, P1's rates against fitted slopes."""
+"""B_T and V_T against sums over every step, asymptotic rates against fitted slopes."""
 
 from __future__ import annotations
 

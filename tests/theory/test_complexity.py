@@ -109,7 +109,7 @@ def test_growth_reaches_eps_where_a_plan_of_it_does(unit: str, every: int) -> No
     checked = 0
     for end in ends:
         if end.bound(problem) > min(each.bound(problem) for each in ends[: ends.index(end) + 1]):
-            break  # P1's eta_max grows with the rate, and at last the bound with it
+            break  # eta_max of the bound grows with the learning rate, and in the end the bound grows too
         eps = math.sqrt(end.bound(problem)) * (1 + 1e-9)
         found = growth_to_reach(eps, 8, 0.1, 2, 1.3, every, problem, unit=unit, num_examples=examples)
         assert found.steps == pytest.approx(end.steps, rel=1e-2)  # the bound may be flat there
@@ -132,14 +132,14 @@ def test_a_stall_is_noted() -> None:
 
 @pytest.mark.parametrize("change, message", [
     ({"gamma": 1.3, "eps": 1e-3}, "the learning rate of stage 9, 1.06, is not below 2/L = 1"),
-    ({"gamma": 0.5}, "too little of it is gone after any number of stages"),
+    ({"gamma": 0.5}, "the sum of the learning rates is finite, or the noise does not vanish"),
     ({"gamma": 1.3, "eps": 1e-3, "unit": "epoch", "num_examples": 100}, "B_T stalls until the batch is the whole training set"),
     ({"eps": 0}, "`eps=0` must be finite and above 0"),
     ({"delta": 0.5}, "`delta=0.5` must be 1 or more"),
     ({"gamma": -1}, "`gamma=-1` must be above 0"),
     ({"every": 0}, "`every=0` must be 1 or more"),
     ({"unit": "samples"}, "unknown unit 'samples'; write 'step' or 'epoch'"),
-    ({"unit": "epoch"}, "need `num_examples`"),
+    ({"unit": "epoch"}, "need `num_examples`: write the number of training examples"),
     ({"delta": 1, "gamma": 1, "eps": 0.01}, "it takes more stages"),
     ({"num_examples": 0}, "`num_examples=0` must be 1 or more"),
     ({"lr": 1.5}, "below 2/L = 1, but the largest is 1.5"),
