@@ -65,8 +65,6 @@ def python(page: str) -> str:
 def test_python_blocks_run_as_one_file(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "page.py").write_text(python(page))
     monkeypatch.chdir(tmp_path)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # what `seed_everything` leaves behind is undone
-        monkeypatch.setenv(name, "0")
     with torch.random.fork_rng():
         runpy.run_path("page.py", run_name="__main__")
 
@@ -188,6 +186,7 @@ def test_a_hydra_application_takes_the_schedules(tmp_path: Path) -> None:
 # --- the site
 
 
+@pytest.mark.slow  # .ci/run builds the site
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,13 +14,3 @@ def test_a_run_leaves_no_warning_filter(tmp_path: Path) -> None:
     overrides = ("trainer.max_epochs=1", "trainer.enable_progress_bar=false", "data.samples_per_epoch=160")
     train(compose_config(*overrides, f"hydra.runtime.output_dir={tmp_path}"))
     assert warnings.filters == filters
-
-
-def test_an_import_replaces_nothing() -> None:
-    code = (
-        "import warnings\nfrom omegaconf import OmegaConf\nimport lightning.pytorch, torchvision\n"
-        "OmegaConf.register_new_resolver('mul', lambda x: 'theirs')\nfilters = [*warnings.filters]\n"
-        "import lightning_bsl.app.compose\nassert OmegaConf.create({'a': '${mul:1}'}).a == 'theirs'\n"
-        "assert warnings.filters == filters"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -76,10 +76,28 @@ def note(name, globals=None, *rest, **named):
     return module
 
 
-{first}
+{before}
 builtins.__import__ = note
 {code}
+builtins.__import__ = original
 print(json.dumps({"by us": sorted(ours), "modules": sorted(n for n in sys.modules if n.startswith("lightning_bsl"))}))
+{after}
+"""
+
+
+BEFORE = """
+import warnings
+import lightning.pytorch, torchvision
+from omegaconf import OmegaConf
+
+OmegaConf.register_new_resolver("mul", lambda x: "theirs")
+filters = [*warnings.filters]
+"""
+AFTER = """
+import lightning_bsl.app.train
+
+assert OmegaConf.create({"a": "${mul:1}"}).a == "theirs"  # what belongs to the user's process stays as it was
+assert warnings.filters == filters
 """
 
 
@@ -92,10 +110,9 @@ print(json.dumps({"by us": sorted(ours), "modules": sorted(n for n in sys.module
 ])  # fmt: skip
 def test_what_an_import_loads(code: str, rooms: set[str], foreign: set[str], tmp_path: Path) -> None:
     # Lightning itself loads torchvision, scipy and more where they are installed: what counts is what our modules ask for
-    first = "import lightning.pytorch" if "callbacks" in rooms else ""
-    loaded = json.loads(
-        run_python("-c", LOADED.replace("{first}", first).replace("{code}", code), folder=tmp_path).splitlines()[-1]
-    )
+    before, after = (BEFORE, AFTER) if "callbacks" in rooms else ("", "")
+    program = LOADED.replace("{before}", before).replace("{code}", code).replace("{after}", after)
+    loaded = json.loads(run_python("-c", program, folder=tmp_path).splitlines()[-1])
     assert {name.split(".")[1] for name in loaded["modules"] if "." in name} == rooms
     assert set(loaded["by us"]) - sys.stdlib_module_names - {"lightning_bsl"} <= foreign
     assert not set(loaded["by us"]) & HEAVY

@@ -201,15 +201,15 @@ def analyse_surge(
 def noise_against_loss(surges: Sequence[Surge]) -> theory.CriticalBatchFit | str:
     """The power law of B_noise against the loss, or why there is none."""
     known = [(of.target, of.tradeoff.noise_batch_size.value) for of in surges if of.tradeoff]
-    reasons: dict[str, str] = {}
     if len(known) < 3:
         return f"{len(known)} losses have a B_noise: a power law needs three"
+    reasons: dict[str, str] = {}
     return _fit(reasons, "law", lambda: theory.fit_critical_batch_size(*zip(*known))) or reasons["law"]
 
 
 def fitted_numbers(surges: Sequence[Surge]) -> list[Fitted]:
     """All numbers that were fitted."""
-    numbers = []
+    numbers, law = [], noise_against_loss(surges)
     for of in surges:
         add = partial(Fitted, of.target)
         for name, fit in (("log", of.tradeoff), ("line", of.line)):
@@ -224,7 +224,6 @@ def fitted_numbers(surges: Sequence[Surge]) -> list[Fitted]:
                 value = getattr(free.rule, what, math.nan)
                 numbers.append(add(what, f"{free.name}, free", value, r2=free.r2, aicc=free.aicc))
         numbers.append(add("slope_above_noise", of.verdict.word, *of.verdict[1:4]))
-    law = noise_against_loss(surges)
     parameters = {} if isinstance(law, str) else law._asdict()
     return numbers + [Fitted(math.nan, f"critical_{name}", "log", *_ends(of)) for name, of in parameters.items()]
 

@@ -65,24 +65,24 @@ def choose(cells: Cells, draws: NDArray[np.int64]) -> Chosen:
 
 def best_of(cells: Cells, i: int, once: Chosen, drawn: Chosen) -> dict[str, Any]:
     """The best rate of batch size ``i`` and its interval, from every seed once and from those drawn."""
-    size, place, found = cells.sizes[i], int(once.place[i, 0]), bool(once.found[i, 0])
-    line = {"batch_size": size, **dict.fromkeys(("lr", "low", "high"), math.nan), "edge": ""}
-    line |= dict.fromkeys(("loss_drop", "steps", "examples"), math.nan)
-    at = place if found else int(cells.reached[i].sum(axis=0).argmax())
-    line["seeds"] = int(cells.there[i].sum(axis=0).max() if not found else cells.there[i, :, at].sum())
-    line["seeds_reached"] = int(cells.reached[i, :, at].sum())
-    line |= {f"replicas_{status}": int(cells.counts[size].get(status, 0)) for status in STATUSES}
+    size, found, edge = cells.sizes[i], bool(once.found[i, 0]), ""
+    lr, low, high, drop, steps = [math.nan] * 5
+    there, reached = cells.there[i].sum(axis=0), cells.reached[i].sum(axis=0)
+    place = int(once.place[i, 0] if found else reached.argmax())
     if found:
         lrs = np.array(cells.lrs)[drawn.place[i][drawn.found[i]]]
-        if line["seeds"] > 1 and lrs.size:  # percentiles that are rates of the grid, not means of two
-            line["low"], line["high"] = np.quantile(lrs, ENDS, method="inverted_cdf")
+        if there[place] > 1 and lrs.size:  # percentiles that are rates of the grid, not means of two
+            low, high = np.quantile(lrs, ENDS, method="inverted_cdf")
         # lower rates that were given up on may have been as good; higher ones that failed are no better
         counting, tried = np.flatnonzero(np.isfinite(once.scores[i, 0])), np.flatnonzero(cells.whole[i])
-        line["edge"] = "lowest" if place == counting[0] else "highest" if place == tried[-1] else ""
-        line["lr"], line["steps"] = cells.lrs[place], float(once.steps[i, 0])
-        line["loss_drop"] = float(cells.drop[i, :, place].sum() / line["seeds_reached"])
-        line["examples"] = line["steps"] * size
-    return line | {"fitted": int(found and not line["edge"])}
+        edge = "lowest" if place == counting[0] else "highest" if place == tried[-1] else ""
+        lr, steps = cells.lrs[place], float(once.steps[i, 0])
+        drop = float(cells.drop[i, :, place].sum() / reached[place])
+    line = {"batch_size": size, "lr": lr, "low": low, "high": high, "edge": edge}
+    line |= {"loss_drop": drop, "steps": steps, "examples": steps * size}
+    line |= {"seeds": int(there[place] if found else there.max()), "seeds_reached": int(reached[place])}
+    line |= {f"replicas_{status}": int(cells.counts[size].get(status, 0)) for status in STATUSES}
+    return line | {"fitted": int(found and not edge)}
 
 
 def within_steps(
@@ -93,5 +93,4 @@ def within_steps(
     middles = (known[1:] + known[:-1]) / 2
     ends = np.concatenate([[2 * known[0] - middles[0]], middles, [2 * known[-1] - middles[-1]]])
     at = np.searchsorted(known, logs[place])
-    drawn: NDArray[np.float64] = random.uniform(ends[at], ends[at + 1])
-    return drawn
+    return np.asarray(random.uniform(ends[at], ends[at + 1]))

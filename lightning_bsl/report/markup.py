@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lightning_bsl.theory import Estimate
+from lightning_bsl.theory import LEVEL, Estimate
 
 NONE = "\u2013"  # a dash where there is no number
 
@@ -23,11 +23,6 @@ class Figure(NamedTuple):
     metric: str
     axis: str
     title: str
-
-    @property
-    def data(self) -> str:
-        """The file, as a page holds it."""
-        return base64.b64encode(self.file.read_bytes()).decode()
 
 
 def number(value: float) -> str:
@@ -70,4 +65,6 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_TEMPLATES.globals |= {"level": f"{LEVEL:.0%}", "nan": math.nan, "inf": math.inf}
 _TEMPLATES.filters |= {"number": number, "interval": interval, "breaks": _breaks}
+_TEMPLATES.filters["base64"] = lambda file: base64.b64encode(file.read_bytes()).decode()

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_bsl.report.figures import color_of, plot_groups
 from lightning_bsl.report.markup import render
-from lightning_bsl.report.overlays import color_of, plot_groups
 from lightning_bsl.runs.compare import Target, compare, default_targets, unequal_budgets
 from lightning_bsl.runs.find import METRICS, Found, Group
 from lightning_bsl.runs.logs import AXES
-from lightning_bsl.theory import LEVEL
 
 
 def write_report(
@@ -25,6 +24,9 @@ def write_report(
         baseline: The group with which the others are compared.
         folder: Where to write; made if it is not there.
         targets: What to reach; by default what every run reached and kept.
+
+    Returns:
+        The files.
 
     Raises:
         ModuleNotFoundError: matplotlib, the ``report`` extra, is not installed.
@@ -43,8 +45,10 @@ def write_report(
         metric, value = (of, "") if isinstance(of, str) else (of.metric, of.value)
         return first.get((what, group.name, metric, value, *axis))
 
-    over = [axis for axis in AXES if any(figure.axis == axis and figure.metric in METRICS for figure in figures)]
-    over.sort(key=lambda axis: axis != "samples")
+    curves: dict[str, list[Any]] = {"samples": []}  # against each axis, samples first
+    for figure in figures:
+        if figure.metric in METRICS:
+            curves.setdefault(figure.axis, []).append(figure)
     page = render(
         "report.html",
         found=found,
@@ -54,14 +58,13 @@ def write_report(
         chosen=bool(targets),
         at=at,
         methods=set(numbers["interval"]),
-        level=f"{LEVEL:.0%}",
         budgets=unequal_budgets(groups),
         colors={group.name: color_of(i) for i, group in enumerate(groups)},
         axes=[axis for axis in AXES if any(group.logs(axis) for group in groups)],
         reached_axes=[axis for axis in AXES if axis != "epochs" and axis in set(numbers["axis"])],
         axis_names=AXES,
         metrics=METRICS,
-        curves={axis: [figure for figure in figures if figure.axis == axis and figure.metric in METRICS] for axis in over},
+        curves={axis: drawn for axis, drawn in curves.items() if drawn},
         schedule=[figure for figure in figures if figure.metric not in METRICS],
     )
     (folder / "report.html").write_text(page, encoding="utf-8")

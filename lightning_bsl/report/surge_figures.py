@@ -10,28 +10,27 @@ from typing import Any
 import numpy as np
 
 from lightning_bsl.population.analysis import Surge
-from lightning_bsl.report.figures import figure_with_axes, label
+from lightning_bsl.report.figures import color_of, figure_with_axes, label, log_ticks, save_small
 from lightning_bsl.report.markup import Figure
-from lightning_bsl.report.overlays import color_of
 from lightning_bsl.theory import CriticalBatchFit, critical_batch_size_at_loss, lr_curve
 
 _SIZE = (4.4, 3.7)  # small, so that the letters are large enough on a phone
 _SCORES = {"drop": "drop of the loss", "steps": "steps to the target"}
 _SHARES = {"drop": "mean drop / best of the batch size", "steps": "fewest of the batch size / mean steps"}
-_BOUND = {"lowest": "v", "highest": "^"}
+_MARKS = {"": "o", "lowest": "v", "highest": "^"}  # of a best rate, by the edge it lies at
 
 
 def plot_surge(surge: Surge, folder: Path) -> list[Figure]:
     """Draw how good the rates are, the trade-off of steps and examples, and the best rates."""
-    figures = []
+    figures, known = [], surge.best[surge.best["lr"].notna()]
     for name, plot, title in (
         (surge.by, _plot_scores, f"mean {_SCORES[surge.by]} against batch size and rate"),
         ("rates", _plot_rates, "best rate against batch size"),
         ("tradeoff", _plot_steps, "steps against examples"),
     ):
         figure, axes = figure_with_axes(1, 1, _SIZE)
-        plot(surge, figure, axes)
-        file = _save(figure, folder / f"{name}-{surge.target:g}.png", legend=bool(axes.get_legend_handles_labels()[0]))
+        plot(surge, known, axes)
+        save_small(figure, file := folder / f"{name}-{surge.target:g}.png")
         figures.append(Figure(file, name, "batch_size", f"{title}, loss {surge.target:g}"))
     return figures
 
@@ -42,22 +41,22 @@ def plot_noise(surges: Sequence[Surge], law: CriticalBatchFit | str, folder: Pat
     if len(known) < 2:
         return []
     figure, axes = figure_with_axes(1, 1, _SIZE)
-    losses, values, low, high = np.array([(loss, noise.value, noise.low, noise.high) for loss, noise in known]).T
+    losses, (values, _, low, high) = [loss for loss, _ in known], np.array([noise for _, noise in known]).T
     # an end that the data leave open is cut
     ends = [values - np.maximum(low, values / 10), np.minimum(high, values * 10) - values]
     axes.errorbar(losses, values, ends, fmt="o", color=color_of(0), capsize=3, label="B_noise by the steps")
     if not isinstance(law, str):
-        x = np.linspace(losses.min(), losses.max(), 100)
-        axes.plot(
-            x, critical_batch_size_at_loss(x, law.coefficient.value, law.alpha.value), color=color_of(1), label="power law"
-        )
+        x = np.linspace(min(losses), max(losses), 100)
+        y = critical_batch_size_at_loss(x, law.coefficient.value, law.alpha.value)
+        axes.plot(x, y, color=color_of(1), label="power law")
     axes.invert_xaxis()  # as training goes
-    _log(axes.yaxis)
+    log_ticks(axes.yaxis)
     label(axes, "loss", "B_noise")
-    return [Figure(_save(figure, folder / "noise.png"), "noise", "loss", "B_noise against the loss")]
+    save_small(figure, file := folder / "noise.png")
+    return [Figure(file, "noise", "loss", "B_noise against the loss")]
 
 
-def _plot_scores(surge: Surge, figure: Any, axes: Any) -> None:
+def _plot_scores(surge: Surge, known: Any, axes: Any) -> None:
     """Each column as a share of its best: they differ far more between batch sizes than between rates."""
     with np.errstate(invalid="ignore"):
         most = np.fmax.reduce(surge.scores, axis=1)[:, None]
@@ -66,29 +65,28 @@ def _plot_scores(surge: Surge, figure: Any, axes: Any) -> None:
     for row, column in np.argwhere((surge.tried & np.isnan(surge.scores)).T):
         corners = [column, column + 1, column + 1, column], [row, row, row + 1, row + 1]
         axes.fill(*corners, facecolor="#eeeeee", edgecolor="#888888", hatch="////", lw=0, label=_once(axes, "too few seeds"))
-    figure.colorbar(mesh, ax=axes, label=_SHARES[surge.by], extend="min" if surge.by == "drop" else "neither")
+    axes.figure.colorbar(mesh, ax=axes, label=_SHARES[surge.by], extend="min" if surge.by == "drop" else "neither")
     place = {lr: i + 0.5 for i, lr in enumerate(surge.lrs.tolist())}
-    for best in surge.best[surge.best["lr"].notna()].itertuples():
+    for best in known.itertuples():
         column = best.Index
         for color, width in (("white", 2.5), ("#d55e00", 1.2)) if not math.isnan(best.low) else ():
             axes.plot([column + 0.5] * 2, [place[best.low], place[best.high]], color=color, linewidth=width)
         face, edge = ("white", "#d55e00") if best.edge else ("#d55e00", "white")
+        style = {"color": face, "markeredgecolor": edge, "markersize": 5, "linestyle": "none", "marker": _MARKS[best.edge]}
         name = _once(axes, "best rate is a bound" if best.edge else "best rate, 95% interval")
-        style = {"color": face, "markeredgecolor": edge, "markersize": 5, "linestyle": "none", "label": name}
-        axes.plot(column + 0.5, place[best.lr], marker=_BOUND.get(best.edge, "o"), **style)
+        axes.plot(column + 0.5, place[best.lr], label=name, **style)
     _name(axes.xaxis, surge.best["batch_size"].astype(str).tolist())
     _name(axes.yaxis, [f"{lr:.3g}" for lr in surge.lrs])
     label(axes, "batch size", "learning rate", grid=False)
 
 
-def _plot_rates(surge: Surge, figure: Any, axes: Any) -> None:
-    known = surge.best[surge.best["lr"].notna()]
-    for edge, marker, name in (("", "o", "best rate"), ("lowest", "v", "at most"), ("highest", "^", "at least")):
+def _plot_rates(surge: Surge, known: Any, axes: Any) -> None:
+    for edge, name in (("", "best rate"), ("lowest", "at most"), ("highest", "at least")):
         some = known[known["edge"] == edge]
         if len(some):
             ends = np.nan_to_num([some["lr"] - some["low"], some["high"] - some["lr"]])
             style = {"color": color_of(0), "mfc": "white" if edge else color_of(0), "markersize": 5, "capsize": 2}
-            axes.errorbar(some["batch_size"], some["lr"], ends, fmt=marker, label=name, **style)
+            axes.errorbar(some["batch_size"], some["lr"], ends, fmt=_MARKS[edge], label=name, **style)
     label(axes, "batch size", "learning rate")
     if known.empty:
         return
@@ -103,12 +101,11 @@ def _plot_rates(surge: Surge, figure: Any, axes: Any) -> None:
         if low < high:
             axes.axvspan(low, high, color="#999999", alpha=0.2, linewidth=0, label="B_noise")
     axes.set_xlim(x[0], x[-1])
-    _log(axes.xaxis)
-    _log(axes.yaxis)
+    log_ticks(axes.xaxis)
+    log_ticks(axes.yaxis)
 
 
-def _plot_steps(surge: Surge, figure: Any, axes: Any) -> None:
-    known = surge.best[surge.best["lr"].notna()]
+def _plot_steps(surge: Surge, known: Any, axes: Any) -> None:
     for fitted, name in ((1, "measured"), (0, "rate is a bound")):
         some = known[known["fitted"] == fitted]
         if len(some):
@@ -129,26 +126,9 @@ def _plot_steps(surge: Surge, figure: Any, axes: Any) -> None:
     label(axes, "1 / examples", "1 / steps")
 
 
-def _save(figure: Any, file: Path, legend: bool = True) -> Path:
-    if legend:
-        figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
-    figure.savefig(file, dpi=190)
-    return file
-
-
 def _once(axes: Any, name: str) -> str | None:
     """A name for the legend, unless it has it."""
     return None if name in axes.get_legend_handles_labels()[1] else name
-
-
-def _log(axis: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = sorted(getattr(axis.axes, f"get_{axis.axis_name}lim")())
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _name(axis: Any, names: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from rich.table import Table
 from lightning_bsl.population.analysis import ABOVE, DECIDES, Fitted, Surge, fitted_numbers, noise_against_loss
 from lightning_bsl.report.markup import interval, number, render
 from lightning_bsl.report.surge_figures import plot_noise, plot_surge
-from lightning_bsl.theory import LEVEL
 
 
 def write_surge_report(
@@ -27,6 +26,9 @@ def write_surge_report(
         folder: Where to write; made if it is not there.
         overrides: What else the command of the settings takes: the data and model of the grid.
         train: How the user calls the command that trains.
+
+    Returns:
+        The files.
 
     Raises:
         ModuleNotFoundError: matplotlib, the ``report`` extra, is not installed.
@@ -42,9 +44,7 @@ def write_surge_report(
         findings=[surge_findings(surge) for surge in surges],
         figures=figures,
         at=lambda surge, what, fit: index.get((surge.target, what, fit)),
-        level=f"{LEVEL:.0%}",
         decides=DECIDES,
-        nan=math.nan,
         noise_finding=noise_finding(surges),
         noise_figures=noise_figures,
         commands=surge_commands(surges, overrides, train),
@@ -101,7 +101,6 @@ def surge_findings(surge: Surge) -> list[str]:
         decides=DECIDES,
         least=ABOVE,
         noise=surge.tradeoff.noise_batch_size.value if surge.tradeoff else math.nan,
-        inf=math.inf,
     )
     return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 

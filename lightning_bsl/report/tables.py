@@ -10,7 +10,7 @@ from functools import reduce
 from operator import add
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lightning_bsl.runs.metrics import Row, curve, validated
 from lightning_bsl.schedules import Plan, Stage
@@ -30,7 +30,7 @@ def plan_table(plan: Plan) -> Table:
     Where there are many stages (a rate that falls every epoch), those of one batch size share a row.
     """
     table = _table("stage", "from epoch", "epochs", "steps", "samples", "batch", "rate")
-    for stage in _rows(plan):
+    for stage, _ in _rows(plan):
         number, *cells = _cells(stage)
         table.add_row(number, f"{stage.first_epoch:g}", *cells)
     table.add_section()
@@ -48,15 +48,17 @@ def theory_table(plan: Plan, constants: BoundConstants | None = None) -> Table:
         plan: The plan; its learning rates must not be left to the module.
         constants: Of the problem.
     """
-    table = _table("stage", "batch", "rate", "rate / batch", "B_T", "V_T", *_bound_column(constants), "")
-    parts, stages, terms = _parts(plan), _rows(plan), bound_terms(plan)
-    sums = [reduce(add, (terms[i] for i in part)) for part in parts]
+    table = _table("stage", "batch", "rate", "rate / batch", "B_T", "V_T", *["bound"] * bool(constants), "")
+    stages, terms = [stage for stage, _ in _rows(plan)], bound_terms(plan)
+    sums = [reduce(add, terms[part]) for _, part in _rows(plan)]
     rows = zip([None, *stages], stages, sums, itertools.accumulate(sums), stalls(sums))
     for before, stage, own, total, stalled in rows:
         number, *_, batch, rate = _cells(stage)
-        too_fast = before is not None and _too_fast(before, stage)
-        too_high = constants is not None and not constants.allows(own.max_lr)
-        marks = {"B_T stalls": stalled, "gamma^2 >= delta": too_fast, "rate >= 2/L": too_high}
+        marks = {
+            "B_T stalls": stalled,
+            "gamma^2 >= delta": before is not None and _too_fast(before, stage),
+            "rate >= 2/L": constants is not None and not constants.allows(own.max_lr),
+        }
         mark = ", ".join(name for name, holds in marks.items() if holds)
         table.add_row(number, batch, rate, f"{(stage.lr or 0) / stage.batch_size:.3g}", *_terms(total, constants), mark)
     if rates := asymptotic_rates(plan.schedule):
@@ -74,20 +76,19 @@ def compare_table(plans: Mapping[str, Plan], constants: BoundConstants | None = 
     Raises:
         ValueError: The plans differ in their samples.
     """
-    samples = {name: plan.samples for name, plan in plans.items()}
-    if len(set(samples.values())) > 1:
-        taken = ", ".join(f"{name} {number:,}" for name, number in samples.items())
+    if len(samples := {plan.samples for plan in plans.values()}) > 1:
+        taken = ", ".join(f"{name} {plan.samples:,}" for name, plan in plans.items())
         raise ValueError(f"plans are compared at equal samples, but these take {taken}; bound them in epochs, not in steps")
-    table = _table("scheduler", "case", "steps", "last batch", "peak rate", "B_T", "V_T", *_bound_column(constants), "stalled")
+    columns = "scheduler", "case", "steps", "last batch", "peak rate", "B_T", "V_T", *["bound"] * bool(constants), "stalled"
+    table = _table(*columns)
     for name, plan in plans.items():
         terms, rates = bound_terms(plan), asymptotic_rates(plan.schedule)
         total, stalled = reduce(add, terms), stalls(terms)
         sizes = f"{plan.steps:,}", f"{plan.stages[-1].batch_size:,}", f"{total.max_lr:.4g}"
         case = f"({rates.case})" if rates else ""
         table.add_row(name, case, *sizes, *_terms(total, constants), f"{sum(stalled)} of {len(stalled)}")
-    table.caption = (
-        f"{max(samples.values()):,} samples each; case of arXiv 2409.08770; stalled: stages that add next to nothing to 1 / B_T"
-    )
+    stalled_means = "stalled: stages that add next to nothing to 1 / B_T"
+    table.caption = f"{max(samples):,} samples each; case of arXiv 2409.08770; {stalled_means}"
     return table
 
 
@@ -102,14 +103,13 @@ def run_table(plan: Plan, rows: list[Row]) -> Table:
     heading = {"val/accuracy": "val acc", "val/perplexity": "val ppl"}[metric]
     table = _table("stage", "epochs", "steps", "samples", "batch", "rate", "train loss", heading)
     start, reached = 0, max((row["samples"] for row in rows if "samples" in row), default=0)
-    for stage in _rows(plan):
+    for stage, _ in _rows(plan):
         if start >= reached:
             break
-        ends = [
-            [y for x, y in zip(*curve(rows, name)) if start < x <= start + stage.samples] for name in ("train/loss", metric)
-        ]
-        table.add_row(*_cells(stage), *(f"{values[-1]:.4f}" if values else "" for values in ends))
-        start += stage.samples
+        end = start + stage.samples
+        ends = [[y for x, y in zip(*curve(rows, name)) if start < x <= end][-1:] for name in ("train/loss", metric)]
+        table.add_row(*_cells(stage), *("".join(f"{value:.4f}" for value in values) for values in ends))
+        start = end
     return table
 
 
@@ -128,26 +128,19 @@ def bound_line(rows: list[Row], bounds: list[tuple[float, float]]) -> str | None
     return f"min ||grad f||^2: {min(norms) ** 2:.3e} measured, {most}"
 
 
-def _parts(plan: Plan) -> list[list[int]]:
-    """The stages of a plan that each row is made of."""
-    if len(plan.stages) <= _MOST_ROWS:
-        return [[i] for i in range(len(plan.stages))]
-    groups = itertools.groupby(range(len(plan.stages)), lambda i: plan.stages[i].batch_size)
-    return [list(part) for _, part in groups]
-
-
-def _rows(plan: Plan) -> list[Stage]:
-    joined = [reduce(Stage.join, (plan.stages[i] for i in part)) for part in _parts(plan)]
-    return [replace(stage, stage=number) for number, stage in enumerate(joined)]
+def _rows(plan: Plan) -> list[tuple[Stage, slice]]:
+    """The stages, those of one batch size joined where they are many, and which of the plan's stages each is made of."""
+    many, rows, start = len(plan.stages) > _MOST_ROWS, list[tuple[Stage, slice]](), 0
+    for _, group in itertools.groupby(plan.stages, lambda stage: stage.batch_size if many else stage.stage):
+        part = list(group)
+        rows.append((replace(reduce(Stage.join, part), stage=len(rows)), slice(start, start + len(part))))
+        start += len(part)
+    return rows
 
 
 def _too_fast(before: Stage, after: Stage) -> bool:
     delta, gamma = after.batch_size / before.batch_size, (after.lr or 0) / (before.last_lr or 1)
     return delta > 1 and gamma > 1 and gamma**2 >= delta * (1 - 1e-9)
-
-
-def _bound_column(constants: BoundConstants | None) -> list[str]:
-    return ["bound"] if constants else []
 
 
 def _terms(total: BoundTerms, constants: BoundConstants | None) -> list[str]:
@@ -165,7 +158,4 @@ def _cells(stage: Stage) -> list[str]:
 
 
 def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    return Table(*(Column(name, justify="right", no_wrap=True) for name in columns))

@@ -12,17 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats
 
-from lightning_bsl.runs.find import METRICS, Group, Run
+from lightning_bsl.runs.find import METRICS, Curve, Group, Run
 from lightning_bsl.runs.folder import BOUND
 from lightning_bsl.runs.logs import AXES
 from lightning_bsl.theory import LEVEL
 
 Seeded = tuple[int | None, float]
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
-
 _POSITIVE = ("full_gradient_norm", "val/perplexity")  # metrics that are never below 0
 
 
@@ -68,12 +65,7 @@ class Target:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a metric is to grow, by its name.
-
-    Example:
-        >>> higher_is_better("val/accuracy"), higher_is_better("val/loss")
-        (True, False)
-    """
+    """Whether a metric is to grow, by its name."""
     return re.search(r"acc|auc|auroc|f1|precision|recall", metric.lower()) is not None
 
 
@@ -113,36 +105,32 @@ def default_targets(groups: Sequence[Group]) -> list[Target]:
     ended = [group for group in groups if len(group.unfinished) < len(group.runs)] or groups
     targets = []
     for metric in METRICS:
-        last = [run.series(metric)["value"].tail(1) for group in ended for run in group.counted]
-        values = [float(value) for values in last for value in values if math.isfinite(value)]
-        if values:
-            higher = higher_is_better(metric)
-            targets.append(Target(metric, min(values) if higher else max(values), higher))
+        last = pd.concat([run.series(metric)["value"].tail(1) for group in ended for run in group.counted])
+        values, higher = last[np.isfinite(last)], higher_is_better(metric)
+        if len(values):
+            targets.append(Target(metric, float(values.min() if higher else values.max()), higher))
     return targets
 
 
 def default_baseline(groups: Sequence[Group]) -> Group:
-    """The first group whose batch size is constant, else the first."""
-    return next((group for group in groups if group.constant_batch), groups[0])
+    """The first group whose batch size is constant, as far as runs that have ended tell; else the first."""
+    for group in groups:
+        sizes = pd.concat([run.series("batch_size")["value"] for run in group.counted])
+        if group.counted[0].ended and sizes.nunique() == 1:
+            return group
+    return groups[0]
 
 
 def mean(values: Sequence[float], positive: bool = False) -> Mean:
-    """The mean of some values and its t-interval.
+    """The mean of some values, one for each seed, and its t-interval.
 
-    Args:
-        values: One for each seed.
-        positive: Whether they are never below 0, as seconds are. Then the mean is geometric, and its interval that of the
-            mean logarithm. A 0 has no logarithm: with one the mean is 0, without an interval.
-
-    Example:
-        >>> mean([1.0, 2.0, 3.0]).value, round(mean([1.0, 10.0, 100.0], positive=True).value, 6)
-        (2.0, 10.0)
+    Of ``positive`` values, which are never below 0, the mean is geometric, and its interval that of the mean logarithm. A 0 has
+    no logarithm: with one the mean is 0, without an interval.
     """
     with np.errstate(divide="ignore"):
         points = np.log(values) if positive else np.array(values)
     known = points.size > 1 and np.isfinite(points).all()
-    ends = _interval(stats.ttest_1samp, points, 0.0) if known else (math.nan, math.nan)
-    numbers = np.array([points.mean(), *ends])
+    numbers = np.array([points.mean(), *(_interval(stats.ttest_1samp, points, 0.0) if known else (math.nan, math.nan))])
     numbers = np.exp(numbers) if positive else numbers
     if len(set(values)) == 1:  # exactly, whatever the logarithm rounds
         numbers[np.isfinite(numbers)] = values[0]
@@ -154,30 +142,18 @@ def ratio(values: Sequence[Seeded], baseline: Sequence[Seeded]) -> Mean:
     """The ratio of two groups' geometric means, with an interval of its logarithm; none where a value is 0.
 
     Where both groups have the same seeds, they are compared seed by seed (paired t), else as independent samples (Welch).
-
-    Args:
-        values: Seed and value of each run.
-        baseline: The same of the baseline.
-
-    Example:
-        >>> ratio([(0, 2.0), (1, 2.0)], [(0, 4.0), (1, 4.0)])
-        Mean(value=0.5, low=0.5, high=0.5, runs=2, interval='paired')
     """
     if min(value for _, value in (*values, *baseline)) <= 0:
         return Mean()
-    seeds, others = ({seed for seed, _ in some} for some in (values, baseline))
-    paired = None not in seeds and seeds == others and len(seeds) == len(values) == len(baseline)
-    # seeds of a pair are in the same order
-    ours, theirs = (
-        np.log(pd.Series(dict(some)).sort_index() if paired else [value for _, value in some]) for some in (values, baseline)
-    )
+    seeds, others = ([seed for seed, _ in some] for some in (values, baseline))
+    paired = None not in seeds and set(seeds) == set(others) and len(set(seeds)) == len(seeds) == len(others)
+    # sorted, so that the seeds of a pair are in the same order
+    ours, theirs = (np.log([value for _, value in (sorted(some) if paired else some)]) for some in (values, baseline))
     value, runs = math.exp(ours.mean() - theirs.mean()), min(len(values), len(baseline))
     if runs < 2:
         return Mean(value, runs=runs)
-    low, high = (
-        _interval(stats.ttest_rel, ours, theirs) if paired else _interval(stats.ttest_ind, ours, theirs, equal_var=False)
-    )
-    return Mean(value, math.exp(low), math.exp(high), runs, "paired" if paired else "Welch")
+    ends = _interval(stats.ttest_rel, ours, theirs) if paired else _interval(stats.ttest_ind, ours, theirs, equal_var=False)
+    return Mean(value, math.exp(ends[0]), math.exp(ends[1]), runs, "paired" if paired else "Welch")
 
 
 def compare(groups: Sequence[Group], targets: Sequence[Target], baseline: Group) -> Any:
@@ -197,7 +173,7 @@ def compare(groups: Sequence[Group], targets: Sequence[Target], baseline: Group)
     lines = [line for target in targets for group in groups for line in _how_soon(group, target, baseline)]
     lines += [line for metric in METRICS for group in groups for line in _where_ended(group, metric)]
     lines += [line for group in groups for line in _against_bound(group)]
-    columns = ["what", "group", "metric", "target", "axis", "value", "low", "high", "runs", "of", "interval", "in_passing"]
+    columns = ["what", "group", "metric", "target", "axis", *Mean._fields[:4], "of", "interval", "in_passing"]
     return pd.DataFrame(lines, columns=columns).astype({"in_passing": "Int64"})
 
 
@@ -213,14 +189,7 @@ def unequal_budgets(groups: Sequence[Group]) -> dict[str, list[str]]:
 def band(curves: Sequence[Curve], points: int = 200) -> Any:
     """The ``mean``, ``min`` and ``max`` of some curves against x, over the stretch that all of them cover.
 
-    Args:
-        curves: Each as x, which grows, and y; y is interpolated on a grid of ``points`` where they are not at the same x.
-        points: Of the grid.
-
-    Example:
-        >>> one, other = (np.array([0.0, 2.0]), np.array([1.0, 3.0])), (np.array([0.0, 1.0, 2.0]), np.array([1.0, 4.0, 5.0]))
-        >>> band([one, other], points=3)["mean"].tolist()
-        [1.0, 3.0, 4.0]
+    They are interpolated on a grid of ``points`` where they are not at the same x.
     """
     grid, start = curves[0][0], max(x[0] for x, _ in curves)
     if not all(np.array_equal(x, grid) for x, _ in curves):
@@ -263,12 +232,13 @@ def _how_soon(group: Group, target: Target, baseline: Group) -> list[dict[str, A
 
 def _where_ended(group: Group, metric: str) -> list[dict[str, Any]]:
     """The last and the best value of a metric, if the group logs it."""
-    curves = [
-        (run.series(metric)["value"].iloc[-1], run.curve(metric)[1]) for run in group.counted if len(run.curve(metric)[1])
-    ]
+    runs = [run for run in group.counted if len(run.curve(metric)[1])]
     best = np.max if higher_is_better(metric) else np.min
-    values = {"final": [last for last, _ in curves], "best": [best(curve) for _, curve in curves]}
-    return [_line(what, group, metric, mean(some, metric in _POSITIVE)) for what, some in values.items() if some]
+    values = {
+        "final": [run.series(metric)["value"].iloc[-1] for run in runs],
+        "best": [best(run.curve(metric)[1]) for run in runs],
+    }
+    return [_line(what, group, metric, mean(some, metric in _POSITIVE)) for what, some in values.items() if runs]
 
 
 def _against_bound(group: Group) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from lightning_bsl.runs.folder import FINISHED
 from lightning_bsl.runs.logs import AXES, read_log, read_stages, replace_from
 
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
+
 METRICS = {
     "full_gradient_norm": "full gradient norm",
     "train/loss": "training loss",
@@ -32,7 +34,6 @@ _OUTPUT_ONLY = re.compile(
     r"(seed|ckpt_path|output_dir|logger|checkpoint|training_time|trainer\.(enable_\w+|default_root_dir|logger|log_every_n_steps)"
     r"|data\.(root|download|num_workers))(\..*)?"
 )
-_NUMBERED = re.compile(r"^(version|run|seed|s)?[_=-]?\d+$")
 _SEED = re.compile(r"(?:^|[_=.-])(?:seed|s)[_=-]?(\d+)$")
 
 
@@ -98,11 +99,10 @@ class Run:
         under_way = np.nan if self.ended else self.log["epoch"].iloc[-1]
         return rows.drop_duplicates("epoch", keep="last")[lambda epochs: epochs["epoch"] != under_way]
 
-    def curve(self, metric: str, axis: str = "samples") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def curve(self, metric: str, axis: str = "samples") -> Curve:
         """A metric against an axis, where both are finite."""
         points = self.series(metric)[[axis, "value"]].to_numpy(dtype=float)
-        x, y = points[np.isfinite(points).all(axis=1)].T
-        return x, y
+        return tuple(points[np.isfinite(points).all(axis=1)].T)
 
     def setting(self, key: str) -> str | None:
         """The value of something that some run overrides, in this one."""
@@ -137,14 +137,7 @@ class Group:
     @property
     def repeats_seed(self) -> bool:
         """Whether a seed is there more than once."""
-        seeds = [run.seed for run in self.runs if run.seed is not None]
-        return len(set(seeds)) < len(seeds)
-
-    @property
-    def constant_batch(self) -> bool:
-        """Whether its batch size never changes, as far as runs that have ended tell."""
-        sizes = pd.concat([run.series("batch_size")["value"] for run in self.counted])
-        return self.counted[0].ended and sizes.nunique() == 1
+        return bool(pd.Series([run.seed for run in self.runs]).dropna().duplicated().any())
 
     def logs(self, metric: str) -> bool:
         """Whether some run has values of a metric, or on an axis."""
@@ -181,22 +174,20 @@ def find_runs(folders: Sequence[str | Path], progress: bool = True) -> Found:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
     places = {place.resolve(): (place, Path(root)) for root in folders for place in _places(Path(root))}
-    runs: list[Run] = []
-    without: list[tuple[str, str]] = []
+    runs, without = list[Run](), list[tuple[str, str]]()
     for place, root in tqdm(places.values(), "reading", unit="run", leave=False, disable=None if progress else True):
         name = place.name if place == root else str(place.relative_to(root))
         try:
             runs.append(_read(place, root, name or str(place)))
         except (OSError, ValueError, TypeError, OmegaConfBaseException) as error:
             without.append((name, str(error)))
-    searched = ", ".join(map(str, folders))
+    searched, listed = ", ".join(map(str, folders)), "; ".join(f"{name}: {reason}" for name, reason in without[:10])
     if not places:
         raise FileNotFoundError(
             f"no run under {searched}: a run is a folder with .hydra/config.yaml and metrics.csv "
             "(bsl-train), a metrics.csv of Lightning's CSVLogger, or TensorBoard's event files"
         )
     if not runs:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in without[:10])
         raise FileNotFoundError(f"no run with a log under {searched} ({listed})")
     runs, notes = _join_resumed(runs)
     by_epoch = max(run.log["epoch"].nunique() for run in runs) >= 3
@@ -237,11 +228,9 @@ def _places(root: Path) -> list[Path]:
     places: list[Path] = []
     for folder, below, files in os.walk(root):
         path = Path(folder)
-        job = path / ".hydra" / "hydra.yaml"
-        ours = (path / ".hydra" / "config.yaml").is_file() and not (
-            job.is_file() and re.search(r"\n    name: plan\n", job.read_text())
-        )
-        if ours or "metrics.csv" in files or any("events.out.tfevents" in file for file in files):
+        config, job = path / ".hydra" / "config.yaml", path / ".hydra" / "hydra.yaml"
+        planned = job.is_file() and re.search(r"\n    name: plan\n", job.read_text())
+        if (config.is_file() and not planned) or "metrics.csv" in files or any("events.out.tfevents" in file for file in files):
             places.append(path)
             below.clear()
         below[:] = sorted((name for name in below if not name.startswith(".")), key=_natural)
@@ -255,10 +244,8 @@ def _read(folder: Path, root: Path, name: str) -> Run:
         seed = _SEED.search(name)
         return Run(folder, name, log, int(seed[1]) if seed else None, series_name=_without_number(folder, root))
     config: Any = OmegaConf.load(hydra / "config.yaml")
-    known, overrides = (
-        OmegaConf.load(file) if (file := hydra / f"{part}.yaml").is_file() else OmegaConf.create()
-        for part in ("hydra", "overrides")
-    )
+    files = hydra / "hydra.yaml", hydra / "overrides.yaml"
+    known, overrides = (OmegaConf.load(file) if file.is_file() else OmegaConf.create() for file in files)
     OmegaConf.update(config, "output_dir", str(folder), force_add=True)  # else only Hydra knows it
     if config.get("ckpt_path"):
         config.ckpt_path = str(Path(OmegaConf.select(known, "hydra.runtime.cwd") or ".") / config.ckpt_path)
@@ -278,29 +265,28 @@ def _read(folder: Path, root: Path, name: str) -> Run:
 
 
 def _without_number(folder: Path, root: Path) -> str:
-    """The name of somebody's run without a number of its seed or version."""
-    parts = [root.resolve().name, *folder.resolve().relative_to(root.resolve()).parts]
-    while len(parts) > 1 and _NUMBERED.match(parts[-1]):
-        parts.pop()
-    parts[-1] = re.sub(r"[_=.-]+(version|run|seed|s)[_=-]?\d+$", "", parts[-1])
-    return "/".join(parts[1:] or parts)
+    """The name of a run of others without a number of its seed or version."""
+    path = "/".join([root.resolve().name, *folder.resolve().relative_to(root.resolve()).parts])
+    path = re.sub(r"(/(version|run|seed|s)?[_=-]?\d+)+$", "", path)
+    path = re.sub(r"[_=.-]+(version|run|seed|s)[_=-]?\d+$", "", path)
+    return path.partition("/")[2] or path
 
 
 def _join_resumed(runs: list[Run]) -> tuple[list[Run], list[str]]:
     """Put what a run logged before it was interrupted in front of what it logged when it went on from a checkpoint."""
     at = {run.folder.resolve(): run for run in runs}
-    checkpoints = {folder: run.config["ckpt_path"] for folder, run in at.items() if run.config and run.config.get("ckpt_path")}
-    parents = {
-        folder: next((place for place in Path(checkpoint).resolve().parents if place in at and place != folder), None)
-        for folder, checkpoint in checkpoints.items()
-    }
+    parents: dict[Path, Path | None] = {}
+    for folder, run in at.items():
+        if run.config and (checkpoint := run.config.get("ckpt_path")):
+            above = Path(checkpoint).resolve().parents
+            parents[folder] = next((place for place in above if place in at and place != folder), None)
     joined, notes = dict(at), []
     for folder, parent in parents.items():
         run, line = at[folder], [folder]
         if parent is None:
-            first = run.log["step"].min()
+            first = f"{run.log['step'].min():,.0f}"
             notes.append(
-                f"{run.name} was resumed from a checkpoint: its log begins at step {first:,.0f}, what came before is not here."
+                f"{run.name} was resumed from a checkpoint: its log begins at step {first}, what came before is not here."
             )
             continue
         while (before := parents.get(line[-1])) and before not in line:

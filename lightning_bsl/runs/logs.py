@@ -53,14 +53,7 @@ def read_log(folder: Path, stages: Any = None) -> Any:
 def replace_from(before: Any, after: Any) -> Any:
     """Two parts of a log as one: from where the later part begins, it replaces the earlier one.
 
-    Args:
-        before: The earlier part, with columns ``step`` and ``samples``.
-        after: The later part. One without samples has trained nothing, and replaces nothing.
-
-    Example:
-        >>> parts = [pd.DataFrame({"step": at, "samples": at}) for at in ([10, 20, 30], [20, 25])]
-        >>> replace_from(*parts)["samples"].tolist()
-        [10, 20, 25]
+    A later part without samples has trained nothing, and replaces nothing.
     """
     unknown = before["samples"].isna() & after["samples"].notna().any()
     again = (before["samples"] >= after["samples"].min()) | (unknown & (before["step"] >= after["step"].min()))

@@ -13,7 +13,7 @@ Row = dict[str, float]
 def read_metrics(path: str | Path) -> list[Row]:
     """The rows of a ``metrics.csv``, each with the columns it has a number for.
 
-    Rows from before an interruption, which [`keep_metrics`][] has put aside, come first.
+    Rows from before an interruption, which ``keep_metrics`` has put aside, come first.
 
     Args:
         path: The file that Lightning's ``CSVLogger`` wrote.
@@ -27,9 +27,11 @@ def read_metrics(path: str | Path) -> list[Row]:
 def read_table(path: str | Path) -> Any:
     """The same rows as a table of text, in which ``nan`` stays apart from a value that is missing."""
     path, aside = Path(path), _aside(Path(path))
-    rows = _read(path) if path.exists() or not aside.exists() else pd.DataFrame()
-    if not aside.exists() or rows.empty:
-        return _read(aside) if aside.exists() else rows
+    if not aside.exists():
+        return _read(path)
+    rows = _read(path) if path.exists() else pd.DataFrame()
+    if rows.empty:
+        return _read(aside)
     # what was logged after the checkpoint is logged again; a step has several rows, each with columns of its own
     table = pd.concat([_read(aside), rows], keys=["before", "after"]).fillna("")
     after, step = table.index.get_level_values(0) == "after", table["step"].astype(int)
@@ -39,22 +41,14 @@ def read_table(path: str | Path) -> Any:
 
 
 def keep_metrics(path: Path) -> None:
-    """Put a run's metrics aside before it is resumed: ``CSVLogger`` begins its file anew.
-
-    Args:
-        path: The ``metrics.csv``, which need not exist.
-    """
+    """Put a run's ``metrics.csv``, if it is there, aside before the run is resumed: ``CSVLogger`` begins its file anew."""
     if path.exists():
         _write(read_table(path), _aside(path))
         path.unlink()
 
 
 def merge_metrics(path: Path) -> None:
-    """Join a run's metrics to those of before its interruptions, once it is finished.
-
-    Args:
-        path: The ``metrics.csv``.
-    """
+    """Join a run's ``metrics.csv`` to what it logged before its interruptions, once it is finished."""
     if _aside(path).exists():
         _write(read_table(path), path)
         _aside(path).unlink()
@@ -84,5 +78,5 @@ def _read(path: Path) -> Any:
 
 
 def _write(table: Any, path: Path) -> None:
-    table.to_csv(path.with_suffix(".tmp"), index=False)
+    table.to_csv(path.with_suffix(".tmp"), index=False, lineterminator="\r\n")  # as CSVLogger writes it
     path.with_suffix(".tmp").replace(path)

@@ -46,8 +46,22 @@ def execute(*command: object, folder: Path, stdin: str = "") -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([*map(str, command)], cwd=folder, env=environment, input=stdin, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert str(ROOT) not in done.stdout + done.stderr
+    assert str(ROOT / "lightning_bsl") not in done.stdout + done.stderr
     return done.stdout
+
+
+def train(folder: Path) -> tuple[list[str], Check]:
+    def check(printed: str) -> None:
+        metrics, stages = csv_rows(folder / "metrics.csv"), csv_rows(folder / "plan.csv")
+        assert max(float(row["val/accuracy"]) for row in metrics if row["val/accuracy"]) >= 0.95
+        assert len({row["batch_size"] for row in metrics}) >= 4  # grown at least three times
+        assert list(stages[0])[:7] == ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
+        assert (folder / "curves.png").stat().st_size > 10_000
+        assert (folder / ".hydra" / "config.yaml").exists()
+        assert (folder / "checkpoints" / "last.ckpt").exists()
+        assert "val acc" in printed and "512" in printed
+
+    return ["bsl-train", f"hydra.run.dir={folder}"], check
 
 
 def plan(folder: Path) -> tuple[list[str], Check]:
@@ -113,28 +127,26 @@ def surge_report(folder: Path) -> tuple[list[str], Check]:
     return ["bsl-surge-report", str(folder)], check
 
 
-COMMANDS = [plan, multirun, report, search, surge_grid, surge_report]
+def application(folder: Path) -> tuple[list[str], Check]:
+    """A Hydra application of somebody else, with its own model and data."""
+    for file in ("main.py", "config.yaml"):
+        (folder / file).write_text((ROOT / "examples" / "hydra_app" / file).read_text())
+
+    def check(printed: str) -> None:
+        assert "batch sizes: [8, 16, 32, 64, 128, 256, 512, 512, 512, 512] first rate: 0.02" in printed
+
+    return [f"{folder}/main.py", "+scheduler=increasing_both", "schedule_defaults.lr=0.02", f"hydra.run.dir={folder}"], check
 
 
-def test_every_command_is_tried() -> None:
-    tried = {command(Path("."))[0][0] for command in COMMANDS if command is not surge_report} | {"bsl-surge-report"}
+COMMANDS = [train, plan, multirun, report, search, surge_grid, surge_report, application]
+
+
+def test_every_command_is_tried(tmp_path: Path) -> None:
+    tried = {name for command in COMMANDS if (name := command(tmp_path)[0][0]).startswith("bsl-")}
     assert tried == set(NAMES)
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"benchmark"}
     assert {f"bsl-{script.replace('_', '-')}" for script in scripts} == tried
     assert {point.name for point in entry_points(group="console_scripts") if point.value.startswith("lightning_bsl.")} == tried
-
-
-def test_the_first_command_learns_the_digits(installed: Path, tmp_path: Path) -> None:
-    printed = execute(installed / "bsl-train", "hydra.run.dir=run", folder=tmp_path)
-    folder = tmp_path / "run"
-    metrics, stages = csv_rows(folder / "metrics.csv"), csv_rows(folder / "plan.csv")
-    assert max(float(row["val/accuracy"]) for row in metrics if row["val/accuracy"]) >= 0.95
-    assert len({row["batch_size"] for row in metrics}) >= 4  # grown at least three times
-    assert list(stages[0])[:7] == ["stage", "first_epoch", "epochs", "steps", "samples", "batch_size", "lr"]
-    assert (folder / "curves.png").stat().st_size > 10_000
-    assert (folder / ".hydra" / "config.yaml").exists()
-    assert (folder / "checkpoints" / "last.ckpt").exists()
-    assert "val acc" in printed and "512" in printed
 
 
 def test_one_after_another(installed: Path, tmp_path: Path) -> None:
@@ -160,20 +172,12 @@ def test_alone(command: Callable[[Path], tuple[list[str], Check]], installed: Pa
         for number, scheduler in enumerate(("constant", "increasing")):
             write_run(tmp_path / "multirun" / "sweep" / str(number), [f"scheduler={scheduler}"])
     (name, *arguments), check = command(folder)
-    check(execute(installed / name, *arguments, folder=tmp_path))
+    check(execute(installed / "python", installed / name, *arguments, folder=tmp_path))
 
 
 def test_the_list_of_commands(installed: Path, tmp_path: Path) -> None:
     printed = execute(installed / "python", "-m", "lightning_bsl", folder=tmp_path)
     assert all(f"  {name} " in printed for name in NAMES)
-
-
-def test_an_application_of_others_grows(installed: Path, tmp_path: Path) -> None:
-    for file in ("main.py", "config.yaml"):
-        (tmp_path / file).write_text((ROOT / "examples" / "hydra_app" / file).read_text())
-    overrides = ("+scheduler=increasing_both", "schedule_defaults.lr=0.02")
-    printed = execute(installed / "python", "main.py", *overrides, folder=tmp_path)
-    assert "batch sizes: [8, 16, 32, 64, 128, 256, 512, 512, 512, 512] first rate: 0.02" in printed
 
 
 def test_a_type_checker_sees_our_types(installed: Path, tmp_path: Path) -> None:
