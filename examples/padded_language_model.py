@@ -86,7 +86,7 @@ def first_gradient(model: LanguageModel, max_device_batch_size: int | None) -> f
         lr=Exponential(0.003, factor=1.4, every=2, unit="epoch"),
         max_device_batch_size=max_device_batch_size,
     )
-    loader = DataLoader(Sentences(512), batch_size=16, shuffle=True, collate_fn=pad)
+    loader = DataLoader(Sentences(128), batch_size=16, shuffle=True, collate_fn=pad)
     torch.manual_seed(1)  # the order of the sentences
     trainer = Trainer(
         accelerator="cpu",

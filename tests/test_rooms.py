@@ -94,7 +94,7 @@ OmegaConf.register_new_resolver("mul", lambda x: "theirs")
 filters = [*warnings.filters]
 """
 AFTER = """
-import lightning_bsl.app.train
+import lightning_bsl.app.compose
 
 assert OmegaConf.create({"a": "${mul:1}"}).a == "theirs"  # what belongs to the user's process stays as it was
 assert warnings.filters == filters

@@ -33,8 +33,9 @@ def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_pat
     assert isinstance(scheduler, BatchLRScheduler)
     datamodule = instantiate(cfg.data)
     assert isinstance(datamodule, BatchSizeDataModule)
-    with torch.device("meta"):  # no time for 82M random numbers
-        assert isinstance(instantiate(cfg.model), LightningModule)
+    if not group.startswith("scheduler"):
+        with torch.device("meta"):  # no time for 82M random numbers
+            assert isinstance(instantiate(cfg.model), LightningModule)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gamma.*")  # linear and square-root scaling stand at or above the limit
         plan = make_plan(cfg, scheduler, datamodule)

@@ -276,6 +276,7 @@ def test_equals_a_plain_loop(name: str) -> None:
     assert_close(model, by_hand)
 
 
+@pytest.mark.quick(name=["template", "workers", "weighted", "set_epoch", "replacement", "accumulated", "random rows"])
 @pytest.mark.parametrize("name", CASES)
 def test_resumes_inside_an_epoch_bit_for_bit(name: str, tmp_path: Path) -> None:
     whole, clock, _ = train(name, folder=tmp_path)

@@ -126,7 +126,6 @@ def compiled_net(counter: Counter, net: nn.Module) -> tuple[Any, Any]:
 
 
 @pytest.mark.quick(way=[compiled_net], sizes=[FROM_ONE])
-@pytest.mark.quick(way=[compiled_model_that_logs])
 @pytest.mark.parametrize(
     ("way", "sizes"),
     [(compiled_net, sizes) for sizes in (GROWING, FROM_ONE, SHRINKING, JUMPING)]

@@ -361,7 +361,7 @@ class Plain(LightningDataModule):
         return DataLoader(DATA, batch_size=9, shuffle=True, generator=generator)
 
 
-@pytest.mark.quick(source=["half", "auto", "accumulated"], workers=[0])
+@pytest.mark.quick(source=["half", "auto"], workers=[0])
 @pytest.mark.quick(source=["micro"], workers=[2])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["half", "micro", "auto", "accumulated"])

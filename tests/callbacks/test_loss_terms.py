@@ -84,6 +84,7 @@ def gradients(batch_size: int, *indices: int) -> list[float | None]:
 ORDERS = [(0, 1), (1, 0), (0, 1, 2, 3), (6, 0, 1, 7), (6, 7, 0, 1, 2), (0, 1, 6, 7, 4), (0, 6, 7, 1, 6, 3, 4, 5)]
 
 
+@pytest.mark.quick(batch_size=[4])
 @pytest.mark.parametrize("indices", ORDERS)
 @pytest.mark.parametrize("batch_size", [2, 4])
 @pytest.mark.parametrize("cap", [None, 1, 2, 3, "auto", "windows"])
@@ -514,6 +515,7 @@ class Manual(Slope):
         optimizer.step()
 
 
+@pytest.mark.quick(batch_size=[4])
 @pytest.mark.parametrize("indices", ORDERS)
 @pytest.mark.parametrize(("batch_size", "cap"), [(2, None), (4, None), (4, 1), (3, 1), (3, None)])
 def test_two_processes_train_as_one(batch_size: int, cap: Any, indices: tuple[int, ...], pair: Pair) -> None:
@@ -660,6 +662,7 @@ def within_three_standard_errors(values: list[float], expected: float) -> bool:
     return abs(found.mean() - expected) < 3 * found.std() / len(values) ** 0.5
 
 
+@pytest.mark.quick(cap=[3, None])
 @pytest.mark.parametrize(
     ("per", "cap", "extra_every"),
     [("terms", 3, None), ("terms", 1, None), ("terms", None, 1), ("examples", 1, None)],

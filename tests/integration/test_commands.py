@@ -149,9 +149,12 @@ def test_every_command_is_tried(tmp_path: Path) -> None:
     assert {point.name for point in entry_points(group="console_scripts") if point.value.startswith("lightning_bsl.")} == tried
 
 
-def test_one_after_another(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("commands", [
+    [train, plan, multirun, report, application], pytest.param([search, surge_grid, surge_report], marks=pytest.mark.slow)
+])  # fmt: skip
+def test_one_after_another(commands: list[Callable[[Path], tuple[list[str], Check]]], installed: Path, tmp_path: Path) -> None:
     lines, checks = [], []
-    for command in COMMANDS:
+    for command in commands:
         folder = tmp_path / command.__name__
         folder.mkdir()
         (name, *arguments), check = command(folder)

@@ -86,6 +86,7 @@ def test_resumes_an_interrupted_trial(run: Run, tmp_path: Path, monkeypatch: pyt
     assert [content for _, content in metrics(cut).values()] == [content for _, content in metrics(whole).values()]
 
 
+@pytest.mark.slow
 def test_takes_nothing_for_granted_of_an_unfinished_choice(run: Run, tmp_path: Path) -> None:
     run("search.py", *TINY, "search.trials=1", folder=tmp_path)
     study = optuna.load_study(study_name="growth", storage=f"sqlite:///{tmp_path}/study.db")
@@ -94,6 +95,7 @@ def test_takes_nothing_for_granted_of_an_unfinished_choice(run: Run, tmp_path: P
     assert [state for _, state, *_ in trials(tmp_path)] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_leaves_out_what_is_refused(run: Run, tmp_path: Path) -> None:
     overrides = ("search.trials=5", "search.b_0=[16,512]", "dataset.max_batch_size=4096")
     printed = run("search.py", *TINY, *overrides, folder=tmp_path).out
@@ -107,7 +109,7 @@ def test_leaves_out_what_is_refused(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overrides, message", [
     (("search.b_0=[512]", "dataset.max_batch_size=4096"), "no trial counts, of 2; the last, trial_001: "),
-    (("search.eta_0=[1e30,1e35]",), "train/loss"),
+    pytest.param(("search.eta_0=[1e30,1e35]",), "train/loss", marks=pytest.mark.slow),
     (("logger=none", "dataset.metric=val/nothing"), "no val/nothing was logged"),
     (("trainer=ddp_cpu",), "trainer.devices=1"),
     (("scheduler=constant",), "scheduler.batch_size.factor"),

@@ -34,6 +34,7 @@ def rows(path: Path, name: str) -> list[tuple[int, float]]:
     return [(int(row["step"]), float(row[name])) for row in csv_rows(path) if row.get(name)]
 
 
+@pytest.mark.slow
 def test_case_iii_falls_by_gamma_a_stage_while_noise_dominates(run: Run, tmp_path: Path) -> None:
     """The noise floor of a stage is eta sigma^2 / b, so it falls by delta / gamma: by gamma at gamma = sqrt(delta)."""
     every, stages = 120, 6

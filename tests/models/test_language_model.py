@@ -379,6 +379,7 @@ def test_gradient_noise_scale() -> None:
     assert (noise.gradient_sq_norm, noise.gradient_variance) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6 cannot compile GPT-2's masks")
 def test_compiled_equals_eager_over_ten_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[Any] = []
