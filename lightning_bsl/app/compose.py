@@ -59,12 +59,12 @@ def make_constants(cfg: DictConfig) -> BoundConstants | None:
     Raises:
         ValueError: Some of them are given and others are not, or one is out of its range.
     """
-    given = cfg.get("constants")
-    if not given or all(value is None for name, value in given.items() if name != "_target_"):
+    constants = cfg.get("constants")
+    if not constants or all(value is None for name, value in constants.items() if name != "_target_"):
         return None
-    if missing := [name for name, value in given.items() if value is None]:
+    if missing := [name for name, value in constants.items() if value is None]:
         raise ValueError(f"the bound needs all of `constants`; give {', '.join(f'constants.{name}' for name in missing)} too")
-    return cast(BoundConstants, instantiate(given))
+    return cast(BoundConstants, instantiate(constants))
 
 
 @contextmanager

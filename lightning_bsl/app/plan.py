@@ -57,7 +57,9 @@ def _plan(cfg: DictConfig) -> Plan:
 
 def _with_scheduler(name: str) -> DictConfig:
     """This command's configuration, with another scheduler."""
-    overrides = [each for each in HydraConfig.get().overrides.task if not each.startswith(("scheduler=", "+compare="))]
+    overrides = [
+        override for override in HydraConfig.get().overrides.task if not override.startswith(("scheduler=", "+compare="))
+    ]
     return compose("train", [*overrides, f"scheduler={name}"])
 
 
@@ -66,9 +68,9 @@ def _hydra_arguments(arguments: list[str]) -> list[str]:
     arguments = [*arguments, "hydra.mode=RUN"]  # an experiment may be a sweep: its first plan, in a folder of its own
     parser = argparse.ArgumentParser(usage="%(prog)s [OVERRIDE ...] [--compare SCHEDULERS]", add_help=False, allow_abbrev=False)
     parser.add_argument("--compare")
-    given, rest = parser.parse_known_args(arguments)
-    if given.compare is None:
+    options, rest = parser.parse_known_args(arguments)
+    if options.compare is None:
         return arguments
-    if not given.compare or "=" in given.compare:
+    if not options.compare or "=" in options.compare:
         parser.error("--compare needs schedulers, with commas between: --compare constant_decaying,increasing_both")
-    return [*rest, f"+compare=[{given.compare}]"]
+    return [*rest, f"+compare=[{options.compare}]"]

@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("figures need matplotlib: pip install 'lightning_bsl[report]'")
     try:
         targets = [parse_target(text) for text in options.target]
-        found = find_runs(options.folders)
+        search = find_runs(options.folders)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    groups = group_runs(found.runs)
+    groups = group_runs(search.runs)
     names = [group.name for group in groups]
     if options.baseline not in (None, *names):
         parser.error(f"--baseline {options.baseline!r}: no such group; there are {', '.join(map(repr, names))}")
@@ -43,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or Path(options.folders[0]) / "report"
     if out.exists() and not out.is_dir():
         parser.error(f"--out {out}: not a folder")
-    files = write_report(found, groups, baseline, out, targets)
+    files = write_report(search, groups, baseline, out, targets)
     unfinished = sum(len(group.unfinished) for group in groups)
     rest = [f"{unfinished} unfinished"] if unfinished else []
-    rest += [f"{len(found.without)} without metrics: {', '.join(name for name, _ in found.without)}"] if found.without else []
-    print(f"runs: {len(found.runs)}, groups: {len(groups)}{''.join(f'; {each}' for each in rest)}")
+    rest += (
+        [f"{len(search.without)} without metrics: {', '.join(name for name, _ in search.without)}"] if search.without else []
+    )
+    print(f"runs: {len(search.runs)}, groups: {len(groups)}{''.join(f'; {part}' for part in rest)}")
     print(f"{out}: {', '.join(file.name for file in files[:2])}, {len(files) - 2} figures")

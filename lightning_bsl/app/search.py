@@ -75,15 +75,19 @@ def main(cfg: DictConfig) -> float:
 
 def _fixed_overrides() -> list[str]:
     """What the command line says of all the trainings."""
-    given = [each for each in HydraConfig.get().overrides.task if not each.lstrip("+~").startswith(("search.", "scheduler="))]
-    if any(each.startswith("experiment=") for each in given):
-        given.append("hydra.mode=RUN")  # many of them are sweeps, which the command printed at the end should not start
-    return [*given, f"scheduler={HydraConfig.get().runtime.choices['scheduler']}"]
+    overrides = [
+        override
+        for override in HydraConfig.get().overrides.task
+        if not override.lstrip("+~").startswith(("search.", "scheduler="))
+    ]
+    if any(override.startswith("experiment=") for override in overrides):
+        overrides.append("hydra.mode=RUN")  # many of them are sweeps, which the command printed at the end should not start
+    return [*overrides, f"scheduler={HydraConfig.get().runtime.choices['scheduler']}"]
 
 
 def _ranges(search: DictConfig) -> dict[str, BaseDistribution]:
     b_0, delta, exponent, every, eta_0 = (list(search[name]) for name in NAMES)
-    length = IntDistribution if all(isinstance(each, int) for each in every) else FloatDistribution
+    length = IntDistribution if all(isinstance(end, int) for end in every) else FloatDistribution
     distributions: tuple[BaseDistribution, ...] = (
         CategoricalDistribution(b_0),
         FloatDistribution(delta[0], delta[1], log=True),
@@ -139,13 +143,13 @@ def _refusal(cfg: DictConfig) -> str | None:
 
 
 def _report(study: optuna.Study, metric: str, fixed: list[str]) -> float:
-    found = study.get_trials(states=(TrialState.COMPLETE,))
-    if not found:
+    trials = study.get_trials(states=(TrialState.COMPLETE,))
+    if not trials:
         reasons = sorted((name, reason) for name, reason in study.user_attrs.items() if name.startswith("trial_"))
         last = ": ".join(reasons[-1]) if reasons else f"search.trials={len(study.trials)}"
         raise ValueError(f"no trial counts, of {len(reasons)}; the last, {last}")
     maximise = study.direction is StudyDirection.MAXIMIZE
-    best, *others = sorted(found, key=lambda trial: -trial.values[0] if maximise else trial.values[0])[:5]
+    best, *others = sorted(trials, key=lambda trial: -trial.values[0] if maximise else trial.values[0])[:5]
     table = Table("trial", metric, "b_0", "delta", "gamma", "every", "eta_0")
     for column in table.columns:
         column.justify, column.no_wrap = "right", True

@@ -55,7 +55,9 @@ def main(cfg: DictConfig) -> None:
         task = bar.add_task("replicas", total=grid.replicas)
         path = folder / "replicas.csv"
         outcomes = run_grid(grid, make, instantiate(cfg.data), path, trainer, lambda done, of: bar.update(task, completed=done))
-    counts = {status: sum(each.status == status for each in outcomes) for status in ("reached", "not_reached", "diverged")}
+    counts = {
+        status: sum(outcome.status == status for outcome in outcomes) for status in ("reached", "not_reached", "diverged")
+    }
     console().print(f"{path}: " + ", ".join(f"{number} {status}" for status, number in counts.items()), soft_wrap=True)
     console().print(f"now: {command('bsl-surge-report')} {folder}", soft_wrap=True)
 

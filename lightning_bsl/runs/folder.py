@@ -43,12 +43,12 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
     Raises:
         ValueError: The folder holds a run with another configuration.
     """
-    given: str | None = cfg.ckpt_path
+    checkpoint: str | None = cfg.ckpt_path
     folder, first_process = Path(cfg.output_dir), getattr(rank_zero_only, "rank", 0) == 0
-    if given is not None or cfg.trainer.get("fast_dev_run"):
-        if given is not None and first_process and folder.resolve() in Path(given).resolve().parents:
+    if checkpoint is not None or cfg.trainer.get("fast_dev_run"):
+        if checkpoint is not None and first_process and folder.resolve() in Path(checkpoint).resolve().parents:
             keep_metrics(folder / "metrics.csv")
-        return given
+        return checkpoint
     config, kept = _trained(cfg), folder / _CONFIG
     last = folder / "checkpoints" / "last.ckpt"
     if not kept.exists() or not (last.exists() or (folder / "metrics.csv").exists()):
