@@ -201,15 +201,18 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     overridden = dict.fromkeys(key for run in runs for key in run.overrides if not _OUTPUT_ONLY.fullmatch(key))
     keys = ["folder", *sorted(overridden, key=lambda key: "." in key)]
-    settings = pd.DataFrame([[run.setting(key) for key in keys] for run in runs], columns=keys, dtype=object).fillna("")
-    members = [[runs[row] for row in rows] for rows in settings.groupby(keys, sort=False).groups.values()]
+    settings = [{key: run.setting(key) for key in keys} for run in runs]
+    members: dict[tuple[str | None, ...], list[Run]] = {}
+    for run, values in zip(runs, settings):
+        members.setdefault(tuple(values.values()), []).append(run)
     telling: list[str] = []  # the settings that tell the groups apart
     for key in keys:
-        if settings.groupby([*telling, key]).ngroups > (settings.groupby(telling).ngroups if telling else 1):
+        told, more = (len({tuple(map(values.get, names)) for values in settings}) for names in (telling, [*telling, key]))
+        if more > told:
             telling.append(key)
-    names = [_name(run, telling) for run, *_ in members]
+    names = [_name(run, telling) for run, *_ in members.values()]
     taken = [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return [Group(*group) for group in zip(taken, members)]
+    return [Group(*group) for group in zip(taken, members.values())]
 
 
 def _name(run: Run, telling: Sequence[str]) -> str:

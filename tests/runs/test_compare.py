@@ -29,8 +29,9 @@ def found_groups(folder: Path) -> list[Group]:
     return group_runs(find_runs([folder]).runs)
 
 
-def numbers(groups: list[Group], target: Target = NORM, baseline: int = 0) -> Any:
-    return compare(groups, [target], groups[baseline]).set_index(["what", "group", "axis"]).sort_index()
+def numbers(groups: list[Group], target: Target = NORM, baseline: int = 0) -> dict[tuple[str, str, str], dict[str, Any]]:
+    lines = compare(groups, [target], groups[baseline]).to_dict("records")
+    return {(line["what"], line["group"], line["axis"]): line for line in lines}
 
 
 # --- when a target is reached
@@ -68,9 +69,9 @@ def test_runs_that_were_at_the_target_in_passing_are_counted_apart(tmp_path: Pat
     for seed, norms in enumerate(([0.5, 3, 2, 0.9], [4, 0.5, 2, 2], [4, 3, 2, 2])):
         write_run(tmp_path / str(seed), [f"seed={seed}"], norms)
     groups = found_groups(tmp_path)
-    line = numbers(groups).loc["to_target", groups[0].name, "samples"]
+    line = numbers(groups)["to_target", groups[0].name, "samples"]
     assert (line["runs"], line["of"], line["in_passing"], line["value"]) == (1, 3, 1, 400)
-    none = numbers(groups, Target("full_gradient_norm", 0.6, False)).loc["to_target", groups[0].name, ""]
+    none = numbers(groups, Target("full_gradient_norm", 0.6, False))["to_target", groups[0].name, ""]
     assert (none["runs"], none["of"], none["in_passing"]) == (0, 3, 2)
     assert math.isnan(none["value"])
 
@@ -95,20 +96,20 @@ def test_times_have_the_interval_of_their_logarithm(tmp_path: Path) -> None:
     assert default_baseline(groups) is fixed
     assert default_baseline([growing, fixed]) is fixed
     lines = numbers(groups)
-    samples = lines.loc["to_target", fixed.name, "samples"]
+    samples = lines["to_target", fixed.name, "samples"]
     assert samples["value"] == pytest.approx((400 * 500 * 600) ** (1 / 3))
     ends = stats.t.interval(0.95, 2, np.log([400, 500, 600]).mean(), stats.sem(np.log([400, 500, 600])))
     assert (samples["low"], samples["high"]) == pytest.approx(tuple(np.exp(ends)))
     assert samples["interval"] == "log t"
-    assert lines.loc["to_target", fixed.name, "steps"]["value"] == pytest.approx((40 * 50 * 60) ** (1 / 3))
-    assert lines.loc["to_target", growing.name, "steps"]["value"] == pytest.approx((20 * 20 * 25) ** (1 / 3))
-    assert lines.loc["to_target", growing.name, "epochs"]["value"] == pytest.approx(12 ** (1 / 3))
-    assert lines.loc["to_target", growing.name, "seconds"]["value"] == pytest.approx(0.5 * 12 ** (1 / 3))
-    to = lines.loc["ratio_to_constant_decaying", growing.name, "samples"]
+    assert lines["to_target", fixed.name, "steps"]["value"] == pytest.approx((40 * 50 * 60) ** (1 / 3))
+    assert lines["to_target", growing.name, "steps"]["value"] == pytest.approx((20 * 20 * 25) ** (1 / 3))
+    assert lines["to_target", growing.name, "epochs"]["value"] == pytest.approx(12 ** (1 / 3))
+    assert lines["to_target", growing.name, "seconds"]["value"] == pytest.approx(0.5 * 12 ** (1 / 3))
+    to = lines["ratio_to_constant_decaying", growing.name, "samples"]
     paired = stats.ttest_rel(np.log([200, 200, 300]), np.log([400, 500, 600])).confidence_interval(0.95)
     assert (to["interval"], to["value"]) == ("paired", pytest.approx((2 / 4 * 2 / 5 * 3 / 6) ** (1 / 3)))
     assert (to["low"], to["high"]) == pytest.approx((math.exp(paired.low), math.exp(paired.high)))
-    assert ("ratio_to_constant_decaying", fixed.name, "samples") not in lines.index
+    assert ("ratio_to_constant_decaying", fixed.name, "samples") not in lines
 
 
 def test_no_interval_of_a_positive_quantity_goes_below_0(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_diverged_runs_are_compared_too(tmp_path: Path) -> None:
     write_run(tmp_path / "0", ["seed=0"], [4, NAN, NAN])
     groups = found_groups(tmp_path)
     assert groups[0].runs[0].curve("full_gradient_norm")[0].tolist() == [100]
-    line = numbers(groups).loc["to_target", groups[0].name, ""]
+    line = numbers(groups)["to_target", groups[0].name, ""]
     assert (line["runs"], line["of"], line["in_passing"]) == (0, 1, 0)
 
 
@@ -206,10 +207,10 @@ def test_bound_beside_the_measurement(tmp_path: Path) -> None:
         write_bound(write_run(tmp_path / str(seed), [f"seed={seed}"], norms), [(100, 0.7), (200, 0.6), (300, 0.1)])
     (write_run(tmp_path / "2", ["scheduler=constant"], [0.5, 0.2]) / "bound.csv").write_text("samples\nnone\n")
     groups = found_groups(tmp_path)
-    lines = compare(groups, [], groups[0]).set_index(["what", "group"])["value"]
+    lines = {(line["what"], line["group"]): line["value"] for line in compare(groups, [], groups[0]).to_dict("records")}
     assert lines["measured_min_squared_norm", groups[0].name] == pytest.approx((0.2**2 + 0.4**2) / 2)
     assert lines["bound", groups[0].name] == pytest.approx(0.6**2)  # up to the last measurement
-    assert ("bound", groups[1].name) not in lines.index
+    assert ("bound", groups[1].name) not in lines
 
 
 # --- the command
