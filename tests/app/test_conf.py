@@ -22,7 +22,8 @@ from lightning_bsl.theory import BoundConstants
 OF_TRAIN = [(group, choice) for group, choice in CHOICES if group not in ("scale", "surge")]
 
 
-@pytest.mark.quick(group=sorted({group for group, _ in OF_TRAIN} - {"experiment"}))
+# what stands in a scheduler is tried by the next test
+@pytest.mark.quick(group=sorted({group for group, _ in OF_TRAIN} - {"experiment", "scheduler/lr", "scheduler/batch_size"}))
 @pytest.mark.quick(choice=["four_cases", "lr_growth"])
 @pytest.mark.parametrize("group, choice", OF_TRAIN)
 def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_path: Path) -> None:

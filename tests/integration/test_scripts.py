@@ -136,7 +136,9 @@ def test_first_command_of_the_language_models(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric, overrides", [
-    ("val/perplexity", ("data=pydoc", "data.samples_per_epoch=64", "callbacks=early_stopping")),
+    pytest.param(
+        "val/perplexity", ("data=pydoc", "data.samples_per_epoch=64", "callbacks=early_stopping"), marks=pytest.mark.slow
+    ),
     ("val/accuracy", (NARROW[0], "data.samples_per_epoch=160")),
 ])  # fmt: skip
 def test_returns_what_a_sweeper_judges_by(metric: str, overrides: tuple[str, ...], tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_goes_on_with_more_trials(run: Run, tmp_path: Path) -> None:
     assert OmegaConf.to_container(was.scheduler) == OmegaConf.to_container(scheduler)
 
 
+@pytest.mark.slow
 def test_resumes_an_interrupted_trial(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run("search.py", *TINY, "search.trials=3", folder=whole)

@@ -176,6 +176,7 @@ SCRIPT = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_killed_goes_on(run: Run, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     printed = run("surge_grid.py", *SCRIPT, folder=whole).out

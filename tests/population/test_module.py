@@ -89,7 +89,9 @@ def assert_equal(population: Population, index: int, state: dict[str, Tensor], t
     (CNN, 0.002),
     ((*CNN, SIGN), 0.002),
     (("data=pydoc", "model=gpt_tiny", "optimizer=adam", "data.block_size=16"), 0.002),
-    (("data=pydoc", "model=gpt_tiny", "optimizer=adam", SIGN, "data.block_size=16"), 0.0001),
+    pytest.param(
+        ("data=pydoc", "model=gpt_tiny", "optimizer=adam", SIGN, "data.block_size=16"), 0.0001, marks=pytest.mark.slow
+    ),
     (("data=digits", "model=wide_resnet28_10", "+model.net.depth=10", "+model.net.widen_factor=1", "optimizer=adam"), 0.002),
     pytest.param(
         ("data=digits", "model=resnet18", "optimizer=adam", SIGN, "+optimizer.eps=0.001"), 0.0001, marks=pytest.mark.slow

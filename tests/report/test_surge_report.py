@@ -345,6 +345,7 @@ def test_the_settings_are_of_the_data_and_model_of_the_grid(tmp_path: Path) -> N
     assert train_overrides(tmp_path) == named
 
 
+@pytest.mark.slow
 def test_what_a_preset_changes_is_part_of_the_settings(tmp_path: Path) -> None:
     for preset in choices("surge"):
         hydra_folder(tmp_path, f"surge={preset}")
@@ -450,6 +451,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_browser
+@pytest.mark.quick(width=[390])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_fits_the_window_and_works(width: int, page: Path, tmp_path: Path) -> None:
     found = probed(page, tmp_path, width, 'up: click(tables[0], "S"), down: click(tables[0], "S"),')
