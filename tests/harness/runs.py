@@ -9,6 +9,20 @@ from pathlib import Path
 import yaml
 
 PER_EPOCH = 100  # samples
+FIRST_EPOCH = """batch_size,epoch,lr,samples,step,train/loss,val/accuracy,val/loss
+8.0,0,0.1,80.0,9,1.5,,
+8.0,0,0.1,100.0,12,,0.5,1.25
+8.0,0,0.1,100.0,12,1.4,,
+"""
+SECOND_EPOCH = """16.0,1,0.125,200.0,19,,0.75,0.5
+16.0,1,0.125,200.0,19,0.7,,
+"""
+
+
+def write_metrics(path: Path, text: str = FIRST_EPOCH + SECOND_EPOCH) -> Path:
+    """A ``metrics.csv`` of two epochs, as Lightning's CSVLogger writes it."""
+    path.write_text(text)
+    return path
 
 
 def write_run(

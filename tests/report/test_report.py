@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from harness.runs import FIRST_EPOCH, SECOND_EPOCH, write_metrics
 from lightning_bsl.report import (
     bound_line,
     compare_table,
@@ -31,24 +32,9 @@ def lines(table: Table) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line]
 
 
-FIRST_EPOCH = """batch_size,epoch,lr,samples,step,train/loss,val/accuracy,val/loss
-8.0,0,0.1,80.0,9,1.5,,
-8.0,0,0.1,100.0,12,,0.5,1.25
-8.0,0,0.1,100.0,12,1.4,,
-"""
-SECOND_EPOCH = """16.0,1,0.125,200.0,19,,0.75,0.5
-16.0,1,0.125,200.0,19,0.7,,
-"""
-
-
-def write(path: Path, text: str = FIRST_EPOCH + SECOND_EPOCH) -> Path:
-    path.write_text(text)
-    return path
-
-
 def test_a_language_model_has_a_perplexity(tmp_path: Path) -> None:
     text = (FIRST_EPOCH + SECOND_EPOCH).replace("val/accuracy", "val/perplexity")
-    rows = read_metrics(write(tmp_path / "metrics.csv", text))
+    rows = read_metrics(write_metrics(tmp_path / "metrics.csv", text))
     table = run_table(plan(GROWING, 100, epochs=2), rows)
     assert [column.header for column in table.columns][-2:] == ["train loss", "val ppl"]
     assert [row[-1] for row in lines(table)] == ["0.5000", "0.7500"]
@@ -74,7 +60,7 @@ def test_many_stages_share_rows() -> None:
 
 @pytest.mark.parametrize("text, stages", [(FIRST_EPOCH + SECOND_EPOCH, 2), (FIRST_EPOCH, 1)])
 def test_run_table_has_the_finished_stages(text: str, stages: int, tmp_path: Path) -> None:
-    rows = lines(run_table(plan(GROWING, 100, epochs=2), read_metrics(write(tmp_path / "metrics.csv", text))))
+    rows = lines(run_table(plan(GROWING, 100, epochs=2), read_metrics(write_metrics(tmp_path / "metrics.csv", text))))
     assert (
         rows
         == [
@@ -87,7 +73,7 @@ def test_run_table_has_the_finished_stages(text: str, stages: int, tmp_path: Pat
 @pytest.mark.parametrize("schedule", [GROWING, JointSchedule(8, Diminishing(0.1)), JointSchedule(8)])
 def test_figures_are_written(schedule: JointSchedule, tmp_path: Path) -> None:
     plot_plan(plan(schedule, 100, epochs=2), tmp_path / "plan.png")
-    plot_run(read_metrics(write(tmp_path / "metrics.csv")), tmp_path / "curves.png")
+    plot_run(read_metrics(write_metrics(tmp_path / "metrics.csv")), tmp_path / "curves.png")
     for name in ("plan.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size > 10_000
@@ -140,5 +126,5 @@ def test_a_run_is_held_against_its_bound(tmp_path: Path) -> None:
     assert line.startswith(f"min ||grad f||^2: 6.250e-02 measured, at most {min(norm for _, norm in bounds) ** 2:.3e}")
     assert bound_line(rows[:0], bounds) is None
     assert gradient_norm_bounds(plan(JointSchedule(8), 100, epochs=2), PROBLEM) == []
-    plot_run(read_metrics(write(tmp_path / "metrics.csv")) + rows, tmp_path / "curves.png", bounds)
+    plot_run(read_metrics(write_metrics(tmp_path / "metrics.csv")) + rows, tmp_path / "curves.png", bounds)
     plot_plan(planned, tmp_path / "plan.png", PROBLEM)
