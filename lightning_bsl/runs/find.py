@@ -31,8 +31,8 @@ METRICS = {
 }
 # overrides that change what is written or where data lie, but not what is trained
 _OUTPUT_ONLY = re.compile(
-    r"(seed|ckpt_path|output_dir|logger|checkpoint|training_time|trainer\.(enable_\w+|default_root_dir|logger|log_every_n_steps)"
-    r"|data\.(root|download|num_workers))(\..*)?"
+    r"(seed|ckpt_path|output_dir|logger|callbacks\.(model_checkpoint|training_time)|data\.(root|download|num_workers)"
+    r"|trainer\.(enable_\w+|default_root_dir|logger|log_every_n_steps))(\..*)?"
 )
 _SEED = re.compile(r"(?:^|[_=.-])(?:seed|s)[_=-]?(\d+)$")
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from omegaconf import OmegaConf
+
 from harness.runs import sweep, write_run
 from lightning_bsl.report import write_report
 from lightning_bsl.runs import default_baseline, find_runs, group_runs
@@ -13,6 +16,18 @@ def write_report_of(folder: Path) -> None:
     found = find_runs([folder])
     groups = group_runs(found.runs)
     write_report(found, groups, default_baseline(groups), folder / "report")
+
+
+@pytest.mark.parametrize(
+    "name", ["callbacks.model_checkpoint.save_top_k", "callbacks.training_time", "callbacks.stop.patience"]
+)
+def test_what_is_kept_of_a_run_does_not_set_it_apart(name: str, tmp_path: Path) -> None:
+    for seed, overrides in enumerate(([], [f"{name}=2"])):
+        config = write_run(tmp_path / str(seed), [f"seed={seed}", *overrides]) / ".hydra" / "config.yaml"
+        settings = OmegaConf.load(config)
+        OmegaConf.update(settings, name, 1 + seed, force_add=True)
+        config.write_text(OmegaConf.to_yaml(settings))
+    assert len(group_runs(find_runs([tmp_path]).runs)) == (2 if "stop" in name else 1)
 
 
 def test_groups_are_runs_that_differ_in_their_seed_only(tmp_path: Path) -> None:
