@@ -1,4 +1,4 @@
-"""What a grid says of the surge law: `bsl-surge-report runs/cnn5` writes a page, figures and CSV files.
+"""What a grid says of the surge law: `bsl-surge-report runs/surge_cnn5` writes a page, figures and CSV files.
 
 The folder is one that `bsl-surge-grid` has written, or is writing.
 """

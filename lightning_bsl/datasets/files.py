@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
 import stat
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 _SYSTEM = {"@eadir", "lost+found", "$recycle.bin", "system volume information"}  # folders that file systems make
 _STARTS = (
@@ -18,6 +24,8 @@ _STARTS = (
     (b"\xff\xfe", "it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"),
     (b"\xfe\xff", "it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"),
 )
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+OPENED = tuple(_OPEN)  # the endings of compressed files that are read
 _AGAIN = "remove it and download it, or copy it, again"
 
 
@@ -130,6 +138,16 @@ def cannot_read(path: Path, error: OSError) -> PermissionError:
     )
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, compressed as its name says or not; errors name it."""
+    try:
+        with _OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
+            yield file
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise broken(path, error) from error
+
+
 def broken(path: Path, problem: object, remedy: str = _AGAIN) -> OSError | ValueError:
     """The error to raise for a file that cannot be read as what its name says.
 
@@ -167,6 +185,6 @@ def _told_by_start(path: Path) -> str | None:
         return f"it is empty: {_AGAIN}"
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"it is a web page (HTML), as a failed download leaves one: {_AGAIN}"
-    if path.suffix.lower() in (".gz", ".bz2", ".xz"):  # compressed, as it should be
+    if path.suffix.lower() in OPENED:  # compressed, as it should be
         return None
     return next((remedy for magic, remedy in _STARTS if start.startswith(magic)), None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
+from harness.commands import run_python
 from harness.files import ROOT
 
 
@@ -16,11 +16,7 @@ def install_wheel(folder: Path) -> Path:
     Args:
         folder: Where to put the wheel and the environment.
     """
-
-    def python(*arguments: object) -> None:
-        done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
+    python = partial(run_python, "-m", folder=folder)
     python("pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, ROOT)
     (wheel,) = folder.glob("lightning_bsl-*.whl")
     python("venv", "--without-pip", folder / "venv")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import struct
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import datasets
 
-from lightning_bsl.datasets.files import broken
+from lightning_bsl.datasets.files import broken, opened
 from lightning_bsl.datasets.image.datamodule import ImageDataModule, Split, check_labels
 
 
@@ -62,7 +58,7 @@ class FashionMNIST(ImageDataModule):
     def count(self) -> int:
         """Return the number of training images that the header of their file says."""
         images, _ = self._paths("train")
-        with _opened(images) as file:
+        with opened(images) as file:
             return _read_header(file, images, 3)[0]
 
     def read(self, split: Split) -> tuple[Tensor, Tensor]:
@@ -97,17 +93,6 @@ def _packed_or_not(path: Path) -> Path:
     return path if path.is_file() else path.with_name(f"{path.name}.gz")
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, gzipped or not; errors name it."""
-    try:
-        opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rb") as file:
-            yield file
-    except (EOFError, OSError, zlib.error) as error:
-        raise broken(path, error) from error
-
-
 def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...]:
     """Read the lengths of the dimensions: big-endian integers, after two zeros, the type (8: a byte) and their number."""
     header = file.read(4 * (dimensions + 1))
@@ -121,7 +106,7 @@ def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         shape = _read_header(file, path, dimensions)
         contents = bytearray(file.read())  # writable, as torch wants it
     expected = math.prod(shape)

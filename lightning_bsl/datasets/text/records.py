@@ -7,21 +7,15 @@ read by pyarrow, as `datasets` does.
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from lightning_bsl.datasets.files import broken, is_pointer, shown
+from lightning_bsl.datasets.files import OPENED, broken, is_pointer, opened, shown
 from lightning_bsl.datasets.hub import text_library
 
-_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _NOT_OPENED = (".zst", ".zip", ".lz4", ".7z", ".br", ".snappy")
 _JSON_LINES, _RECORDS = (".jsonl", ".ndjson"), (".jsonl", ".ndjson", ".json", ".parquet")
 KINDS = (".txt", *_RECORDS)
@@ -52,7 +46,7 @@ def read_document(path: Path) -> str:
     Raises:
         ValueError: It is not UTF-8, or has characters of code 0.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         contents: bytes = file.read()
     if is_pointer(contents):
         raise broken(path, "is no text")
@@ -94,19 +88,9 @@ def _suffixes(path: Path) -> tuple[str | None, str]:
     *_, last, end = ("", "", *(suffix.lower() for suffix in path.suffixes))
     if end in KINDS:
         return end, ""
-    if last in KINDS and end in (*_OPEN, *_NOT_OPENED):
+    if last in KINDS and end in (*OPENED, *_NOT_OPENED):
         return last, end
     return None, ""
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, compressed or not; errors name it."""
-    try:
-        with _OPEN.get(_suffixes(path)[1], open)(path, "rb") as file:
-            yield file
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise broken(path, error) from error
 
 
 def _decoded(contents: bytes, path: Path, before: int) -> str:
@@ -125,7 +109,7 @@ def _decoded(contents: bytes, path: Path, before: int) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, with their numbers, counted from 1."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, contents in enumerate(file, 1):
             if line := _decoded(contents, path, number - 1).strip():
                 yield number, line
@@ -159,7 +143,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         contents: bytes = file.read()
     text = _decoded(contents, path, 0)
     try:
