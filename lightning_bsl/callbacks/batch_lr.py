@@ -62,7 +62,8 @@ class BatchLRScheduler(Callback):
     manual optimization such a step is taken, with gradients of 0.)
 
     Args:
-        batch_size: An ``int``, a schedule, or a function ``progress -> float``.
+        batch_size: An ``int``, a schedule, or a function ``progress -> float``; or a ``JointSchedule``, such as that of
+            ``seesaw``, which brings the learning rate.
         lr: A ``float``, a schedule, a function ``progress -> float``, a scaling rule (a function of the batch size), or
             ``None`` to leave the learning rates to the module. If the module has its own scheduler, a scaling rule multiplies
             the rates of this scheduler: by the rule's rate for the batch size, divided by the rule's first argument.
@@ -77,6 +78,7 @@ class BatchLRScheduler(Callback):
             size in tokens too; the clock still counts examples.
 
     Raises:
+        TypeError: A ``batch_size`` or an ``lr`` of another type; a ``JointSchedule`` and an ``lr`` beside it.
         ValueError: ``max_device_batch_size`` is neither a number above 0 nor "auto"; an unknown ``batch_size_unit``. At the
             start of a fit: a batch size below 1 or above the data set, a learning rate that is not above 0 and finite, a
             schedule over a fraction of a run without an end, a run shorter than a warm-up.
@@ -95,7 +97,7 @@ class BatchLRScheduler(Callback):
 
     def __init__(
         self,
-        batch_size: int | Schedule | Function,
+        batch_size: int | Schedule | Function | JointSchedule,
         lr: float | Schedule | ScalingRule | Function | None = None,
         max_device_batch_size: int | Literal["auto"] | None = None,
         loader: str | int | None = None,
@@ -109,7 +111,7 @@ class BatchLRScheduler(Callback):
         self.max_device_batch_size = max_device_batch_size
         self.loader = loader
         self.batch_size_unit = batch_size_unit
-        self.schedule = JointSchedule(batch_size, lr)
+        self.schedule = JointSchedule.of(batch_size, lr)
         self.plan: Plan | None = None
         self._fit = Fit()
         self._clock = RunClock()

@@ -100,6 +100,23 @@ class JointSchedule:
                 f"`batch_size={self.batch_size}` is a rule for learning rates; write a schedule of progress, or an int"
             )
 
+    @classmethod
+    def of(cls, batch_size: int | Function | JointSchedule, lr: float | ScalingRule | Function | None = None) -> JointSchedule:
+        """The joint schedule of two schedules; a joint schedule is returned as it is.
+
+        Args:
+            batch_size: As above, or a joint schedule.
+            lr: As above; ``None`` beside a joint schedule.
+
+        Raises:
+            TypeError: A joint schedule and an ``lr``.
+        """
+        if not isinstance(batch_size, JointSchedule):
+            return cls(batch_size, lr)
+        if lr is not None:
+            raise TypeError(f"`batch_size` is a JointSchedule, which brings the learning rate: leave out `lr={lr!r}`")
+        return batch_size
+
     def __call__(self, progress: Progress) -> BatchLR:
         """Batch size and learning rate at ``progress``."""
         batch_size = self.batch_size_at(progress)
