@@ -5,16 +5,17 @@ from lightning_bsl.schedules.functions import (
     Cosine,
     Diminishing,
     Exponential,
-    Milestones,
+    Linear,
     Polynomial,
     PolynomialDecay,
     Schedule,
-    Warmup,
 )
+from lightning_bsl.schedules.joins import Milestones, Sequence, Warmup, WarmupStableDecay
 from lightning_bsl.schedules.joint import BatchLR, JointSchedule
 from lightning_bsl.schedules.plan import Plan, Stage, plan
 from lightning_bsl.schedules.progress import Horizon, Progress
 from lightning_bsl.schedules.scaling import LinearScaling, NoiseScaling, ScalingRule, SqrtScaling, SurgeScaling
+from lightning_bsl.schedules.seesaw import seesaw
 
 __all__ = [
     "BatchLR",
@@ -24,6 +25,7 @@ __all__ = [
     "Exponential",
     "Horizon",
     "JointSchedule",
+    "Linear",
     "LinearScaling",
     "Milestones",
     "NoiseScaling",
@@ -33,9 +35,12 @@ __all__ = [
     "Progress",
     "ScalingRule",
     "Schedule",
+    "Sequence",
     "SqrtScaling",
     "Stage",
     "SurgeScaling",
     "Warmup",
+    "WarmupStableDecay",
     "plan",
+    "seesaw",
 ]

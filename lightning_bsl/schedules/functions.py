@@ -1,4 +1,4 @@
-"""Families of schedules: a schedule is a pure function of progress.
+"""Families of schedules: a schedule is a pure function of progress. Schedules made of others are in ``joins``.
 
 The same families serve batch sizes (a plan rounds them up) and learning rates. A plain function ``progress -> float`` works
 wherever a schedule does. The families are those of Umeda & Iiduka 2025, *Increasing Both Batch Size and Learning Rate
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
+from typing import ClassVar
 
 from lightning_bsl.schedules.progress import Progress, Unit, check_unit
 
@@ -25,18 +26,32 @@ def whole(length: int | float, total: Callable[[], int]) -> int:
         length: An ``int`` is returned as it is. A ``float`` below 1 is that fraction of the run, rounded up.
         total: Returns the length of the run.
     """
-    if isinstance(length, int):
-        return length
+    if isinstance(length, Integral):
+        return int(length)
     # rounded up, so that the run has no more stages than asked for; 1e-9 is for rounding errors: 0.1 * 300 is 30, not 31
     return max(1, math.ceil(length * total() - 1e-9))
 
 
-def check_length(name: str, length: int | float) -> None:
-    """Raise ``ValueError`` unless ``length`` is an ``int`` >= 1 or a ``float`` in (0, 1)."""
-    if isinstance(length, bool) or not (length >= 1 if isinstance(length, int) else 0 < length < 1):
+def is_length(length: object) -> bool:
+    """Whether ``length`` is an ``int`` >= 1 or a ``float`` in (0, 1)."""
+    if isinstance(length, Integral) and not isinstance(length, bool):
+        return int(length) >= 1
+    return isinstance(length, float) and 0 < length < 1
+
+
+def check_length(name: str, length: int | float, optional: bool = False) -> None:
+    """Raise ``ValueError`` unless ``length`` is an ``int`` >= 1 or a ``float`` in (0, 1).
+
+    Args:
+        name: Name of the argument.
+        length: Its value.
+        optional: Whether the argument may be left out.
+    """
+    if not is_length(length):
+        remedy = "write an int of 1 or more, or leave it out" if optional else "write an int of 1 or more"
         raise ValueError(
-            f"`{name}={length!r}` is not a length: write an int of 1 or more (that many units), or a float between 0 and 1 "
-            "(that fraction of the run)"
+            f"`{name}={length!r}` is not a length: {remedy} (that many units), or a float between 0 and 1 (that fraction of "
+            "the run)"
         )
 
 
@@ -105,6 +120,34 @@ class Schedule(ABC):
         """Return the next reading of the schedule's clock at which the value may change; ``None`` for never."""
         return (self.stage(progress) + 1) * self._every(progress)
 
+    @property
+    def names_changes(self) -> bool:
+        """Whether ``next_change`` names every change. A plain function inside the schedule may change at any step."""
+        return True
+
+    @property
+    def rises(self) -> bool:
+        """Whether it can serve as a warm-up: its value rises from its first reading to its last."""
+        return False
+
+    @property
+    def after_warmup(self) -> Function:
+        """The schedule that follows the warm-up; the schedule itself if it has none."""
+        return self
+
+    def warmup_end(self, progress: Progress) -> int:
+        """Return the reading of the clock at which the warm-up ends; 0 without one."""
+        return 0
+
+    def means_zero(self, progress: Progress, batch_size: int) -> bool:
+        """Return whether a value of 0 is meant at ``progress``: in the first or the last step of a shape from or to 0.
+
+        Args:
+            progress: The clock before the step.
+            batch_size: Examples of the step.
+        """
+        return False
+
     def _every(self, progress: Progress) -> int:
         return whole(self.every, lambda: progress.horizon.total(self.unit))
 
@@ -161,6 +204,11 @@ class Exponential(Schedule):
             raise ValueError(
                 f"`factor={self.factor}` is not a growth factor: write a number above 0 (above 1 to grow, below 1 to decay)"
             )
+
+    @property
+    def rises(self) -> bool:
+        """Whether ``factor`` is above 1."""
+        return self.factor > 1
 
     def value(self, progress: Progress) -> float:
         """Return ``start * factor**m``."""
@@ -223,28 +271,72 @@ class Diminishing(Schedule):
 
 
 @dataclass(frozen=True)
-class _Decay(Schedule):
-    """A decay from ``start`` to ``end`` over ``total`` units, or over the whole run if ``total`` is ``None``."""
+class _Shape(Schedule):
+    """A shape from ``start`` to ``end`` over a length, or over the whole run."""
 
     start: float
-    end: float = 0.0
-    total: int | None = None
+    end: float
+    _length: ClassVar[str] = "total"  # the argument that gives the length
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.total is not None and self.total < 1:
-            raise ValueError(
-                f"`total={self.total}` is not a length: write an int of 1 or more, or leave it out to decay over the whole run"
-            )
+        if (length := getattr(self, self._length)) is not None:
+            check_length(self._length, length, optional=True)
 
     def fraction(self, progress: Progress) -> float:
-        """Return the fraction of the decay that is done, 0 to 1."""
-        total = self.total or progress.horizon.total(self.unit)
-        return min(1.0, self.stage(progress) * self._every(progress) / total)
+        """Return the fraction of the shape that is done, 0 to 1."""
+        length = self.length(progress)
+        return min(1.0, self.stage(progress) * self._every(progress) / length) if length else 1.0
+
+    def length(self, progress: Progress) -> int:
+        """Return the length of the shape in ``unit``."""
+        length: int | float | None = getattr(self, self._length)
+        return progress.horizon.total(self.unit) if length is None else whole(length, lambda: progress.horizon.total(self.unit))
+
+    @property
+    def rises(self) -> bool:
+        """Whether ``end`` is above ``start``."""
+        return self.end > self.start
+
+    def means_zero(self, progress: Progress, batch_size: int) -> bool:
+        """Return whether it starts from 0 with this step, or ends at 0 with this step of the run."""
+        count, end = progress.count(self.unit), progress.horizon.length(self.unit)
+        if count == 0:
+            return self.start == 0
+        step = 1 if self.unit in ("epoch", "step") else batch_size * progress.horizon.grain(self.unit)
+        return self.end == 0 and end is not None and count + step >= end and count - step < self.length(progress)
 
 
 @dataclass(frozen=True)
-class Cosine(_Decay):
+class Linear(_Shape):
+    """``start + (end - start) * t / over``: a straight line, up or down, and ``end`` after it.
+
+    Args:
+        start: The value at the start. 0 is allowed for a learning rate that rises.
+        end: The value at the end. 0 is allowed for a learning rate that falls, if the run ends there.
+        over: Length in ``unit``: an ``int``, or a ``float`` below 1 for that fraction of the run; by default the whole run.
+
+    Raises:
+        ValueError: An ``over`` that is not a length. When called: no ``over``, and the length of the run in ``unit`` is not
+            known.
+
+    Example:
+        >>> lr = Linear(0.0, 0.1, over=100, unit="step")
+        >>> [lr(Progress(step=step)) for step in (0, 50, 100, 200)]
+        [0.0, 0.05, 0.1, 0.1]
+    """
+
+    over: int | float | None = None
+    _length: ClassVar[str] = "over"
+
+    def value(self, progress: Progress) -> float:
+        """Return the value on the line."""
+        fraction = self.fraction(progress)
+        return self.start * (1 - fraction) + self.end * fraction
+
+
+@dataclass(frozen=True)
+class Cosine(_Shape):
     """``end + (start - end) / 2 * (1 + cos(pi m / M))``: cosine annealing. By default m counts epochs (arXiv 2409.08770).
 
     With ``unit="samples"`` it ends with the last example of the run, however the batch size changes.
@@ -252,15 +344,20 @@ class Cosine(_Decay):
     Args:
         start: eta_max, the value at the start.
         end: eta_min, the value at the end.
-        total: M, the length of the decay in ``unit``; by default the length of the run.
+        total: M, the length of the decay in ``unit``: an ``int``, or a ``float`` below 1 for that fraction of the run; by
+            default the length of the run.
 
     Raises:
-        ValueError: A ``total`` below 1. When called: no ``total``, and the length of the run in ``unit`` is not known.
+        ValueError: A ``total`` that is not a length. When called: no ``total``, and the length of the run in ``unit`` is not
+            known.
 
     Example:
         >>> Cosine(0.1, total=10)(Progress(epoch=5))
         0.05
     """
+
+    end: float = 0.0
+    total: int | float | None = None
 
     def value(self, progress: Progress) -> float:
         """Return the annealed value."""
@@ -268,155 +365,29 @@ class Cosine(_Decay):
 
 
 @dataclass(frozen=True)
-class PolynomialDecay(_Decay):
+class PolynomialDecay(_Shape):
     """``(start - end) * (1 - t/T)**power + end``: polynomial decay (arXiv 2409.08770). By default t counts optimizer steps.
 
     Args:
         start: eta_max, the value at the start.
         end: eta_min, the value at the end.
-        total: T, the length of the decay in ``unit``; by default the length of the run.
+        total: T, the length of the decay in ``unit``, as for `Cosine`; by default the length of the run.
         power: p of the paper; 1 is linear decay.
 
     Raises:
-        ValueError: A ``total`` below 1. When called: no ``total``, and the length of the run in ``unit`` is not known.
+        ValueError: A ``total`` that is not a length. When called: no ``total``, and the length of the run in ``unit`` is not
+            known.
 
     Example:
         >>> PolynomialDecay(0.1, total=100)(Progress(step=75))
         0.025
     """
 
+    end: float = 0.0
+    total: int | float | None = None
     power: float = 1
     unit: Unit = field(default="step", kw_only=True)
 
     def value(self, progress: Progress) -> float:
         """Return the decayed value."""
         return float((self.start - self.end) * (1 - self.fraction(progress)) ** self.power + self.end)
-
-
-@dataclass(frozen=True)
-class Milestones(Schedule):
-    """A list of values, and the milestones at which the value changes.
-
-    Args:
-        values: The values, one more than there are milestones.
-        at: The milestones in ``unit``, in increasing order; ``values[i + 1]`` holds from ``at[i]`` on.
-
-    Raises:
-        ValueError: Milestones that do not increase, or a wrong number of values.
-
-    Example:
-        >>> batch_size = Milestones([128, 256, 512], at=[30, 60])
-        >>> [batch_size(Progress(epoch=epoch)) for epoch in (0, 29, 30, 60)]
-        [128, 128, 256, 512]
-    """
-
-    values: Sequence[float]
-    at: Sequence[int]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("values", "at"):  # tuples, so that a schedule made from lists can be hashed too
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for value in self.values:
-            check_number("Milestones(values", value)
-        if len(self.values) != len(self.at) + 1:
-            raise ValueError(
-                f"{len(self.at)} milestones need {len(self.at) + 1} values, but `values={self.values}` has "
-                f"{len(self.values)}, for `at={self.at}`: write one value more than there are milestones"
-            )
-        if any(b <= a for a, b in zip((0, *self.at), self.at)):
-            raise ValueError(f"`at={self.at}` must increase, from 1 or more: write whole numbers in increasing order")
-        if self.every != 1:
-            raise ValueError(f"Milestones have no `every` (got {self.every}): leave it out, and write the milestones in `at`")
-
-    def value(self, progress: Progress) -> float:
-        """Return the value between the milestones before and after ``progress``."""
-        count = progress.count(self.unit)
-        return self.values[sum(count >= milestone for milestone in self.at)]
-
-    def next_change(self, progress: Progress) -> int | None:
-        """Return the next milestone."""
-        return next((milestone for milestone in self.at if milestone > progress.count(self.unit)), None)
-
-
-@dataclass(frozen=True)
-class Warmup(Schedule):
-    """A geometric warm-up to the first value of another schedule, then that schedule: case (iv) of arXiv 2409.08770.
-
-    With w = ``over`` and i = ``every`` the warm-up has w/i stages. The value of stage m is ``start * gamma**m`` with
-    ``gamma = (then(0) / start)**(i / (w - i))``, as the authors set it. So the last stage has the first value of ``then``.
-
-    Args:
-        start: The value of stage 0.
-        then: The schedule after the warm-up. Its clock starts at 0 when the warm-up ends, and a fraction of the run is a
-            fraction of the rest. So it must read the same clock as the warm-up, or be constant.
-        over: Length of the warm-up in ``unit``: an ``int``, or a ``float`` below 1 for that fraction of the run.
-
-    Raises:
-        ValueError: ``then`` reads another clock; ``over`` is not a length; ``start`` is not above 0. When called: the run is
-            not longer than the warm-up, or the first value of ``then`` is not above 0.
-
-    Example:
-        >>> lr = Warmup(0.1, then=Constant(0.2), over=30, every=3)
-        >>> [round(lr(Progress(epoch=epoch)), 3) for epoch in (0, 3, 27, 30)]
-        [0.1, 0.108, 0.2, 0.2]
-    """
-
-    start: float
-    then: Function
-    over: int | float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_length("over", self.over)
-        if isinstance(self.then, Schedule) and not isinstance(self.then, Constant) and self.then.unit != self.unit:
-            raise ValueError(
-                f"the warm-up counts in unit {self.unit!r}, but the schedule after it counts in {self.then.unit!r}. Its clock "
-                f"starts when the warm-up ends, and that moment is not known in another unit. Write `unit={self.then.unit!r}` "
-                f"for the warm-up (with `over` and `every` in that unit), or `unit={self.unit!r}` for "
-                f"{type(self.then).__name__}"
-            )
-        if not self.start > 0:
-            raise ValueError(f"a geometric warm-up cannot start from {self.start}; write a `start` above 0")
-
-    def value(self, progress: Progress) -> float:
-        """Return ``start * gamma**m`` during the warm-up, and the value of ``then`` after it."""
-        over, every = self._over(progress), self._every(progress)
-        count = progress.count(self.unit)
-        if count >= over:
-            return self.then(progress.since(over, self.unit))
-        factor = self.factor(progress)
-        return self.start * factor ** (count // every)
-
-    def factor(self, progress: Progress) -> float:
-        """Return gamma, the growth per stage of the warm-up."""
-        over, every = self._over(progress), self._every(progress)
-        # the first value of `then`: its clock in `unit` reads 0, whatever the other clocks read
-        peak = self.then(Progress(horizon=progress.since(over, self.unit).horizon))
-        if not peak > 0:
-            raise ValueError(
-                f"a geometric warm-up cannot reach {peak}, the first value of {self.then}: write a first value above 0"
-            )
-        last = -(-over // every) - 1
-        return float((peak / self.start) ** (1 / last)) if last else 1.0
-
-    def next_change(self, progress: Progress) -> int | None:
-        """Return the start of the next stage of the warm-up, and after the warm-up the next change of ``then``."""
-        over = self._over(progress)
-        if progress.count(self.unit) < over:
-            return min(over, super().next_change(progress) or over)
-        if not isinstance(self.then, Schedule):
-            return progress.count(self.unit) + 1
-        after = progress.since(over, self.unit)
-        change = self.then.next_change(after)
-        return None if change is None else progress.count(self.unit) - after.count(self.unit) + change
-
-    def _over(self, progress: Progress) -> int:
-        over = whole(self.over, lambda: progress.horizon.total(self.unit))
-        length = progress.horizon.length(self.unit)
-        if length is not None and length - over < progress.horizon.grain(self.unit):
-            raise ValueError(
-                f"the warm-up takes {over} {self.unit.rstrip('s')}s but the run has only {length}; "
-                f"write a shorter `over`, or train for longer than {over}"
-            )
-        return over

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule, Warmup
+from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule
 from lightning_bsl.schedules.progress import Progress
 from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
 
@@ -71,7 +71,8 @@ class JointSchedule:
 
     Raises:
         TypeError: An argument of another type.
-        ValueError: When called: a batch size below 1, a learning rate that is not above 0, or one that is not finite.
+        ValueError: When called: a batch size below 1, or a learning rate that is not above 0 and finite. A rate of 0 is
+            allowed in the first or the last step of a shape that goes from or to 0.
 
     Example:
         >>> schedule = JointSchedule(Exponential(8, factor=2, every=30), Exponential(0.1, factor=1.25, every=30))
@@ -137,6 +138,8 @@ class JointSchedule:
         if self.lr is None:
             return None
         value = self.lr(batch_size) if isinstance(self.lr, ScalingRule) else self.lr(progress)  # type: ignore[operator]
+        if value == 0 and isinstance(self.lr, Schedule) and self.lr.means_zero(progress, batch_size):
+            return 0.0
         if not (math.isfinite(value) and value > 0):
             raise ValueError(
                 f"the learning rate is {value} at {_when(progress)}, but it must be finite and above 0: change {self.lr}, or "
@@ -203,7 +206,7 @@ class JointSchedule:
 def _steps_to_change(function: object, progress: Progress, batch_size: int) -> float:
     if function is None:
         return math.inf
-    if not isinstance(function, Schedule) or (isinstance(function, Warmup) and not isinstance(function.then, Schedule)):
+    if not isinstance(function, Schedule) or not function.names_changes:
         return 1  # a plain function may change at any step
     change = function.next_change(progress)
     if change is None or function.unit == "epoch":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lightning_bsl.schedules.functions import Constant, Milestones
+from lightning_bsl.schedules.functions import Constant
+from lightning_bsl.schedules.joins import Milestones
 from lightning_bsl.schedules.joint import JointSchedule
 from lightning_bsl.schedules.scaling import ScalingRule
 

@@ -442,7 +442,7 @@ def plan(
         tokens_per_sample,
     )
     stages, stretches = _walk(schedule, divide, full, horizon)
-    for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages))):
+    for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages), _warn_of_zero(stages))):
         warnings.warn(message, stacklevel=2)
     rounded = (replace(s, epochs=round(s.epochs, 6), first_epoch=round(s.first_epoch, 6)) for s in stages)
     return Plan(tuple(rounded), num_examples, full, schedule, tuple(map(tuple, stretches)))
@@ -518,5 +518,15 @@ def _warn_of_maximum(schedule: JointSchedule, stages: list[Stage]) -> str | None
                 f"from epoch {after.first_epoch:g} on the batch size is at its maximum {after.batch_size} while the learning "
                 "rate still grows, so the gradient noise grows too (V_T of Umeda & Iiduka 2025, arXiv 2409.08770, no longer "
                 f"vanishes). Give the learning rate `maximum={before.lr:.6g}`, or shorten the run"
+            )
+    return None
+
+
+def _warn_of_zero(stages: list[Stage]) -> str | None:
+    for where, stage in (("first", stages[0]), ("last", stages[-1])) if stages else ():
+        if stage.lr == stage.last_lr == 0 and stage.steps > 1:
+            return (
+                f"the {where} {stage.steps} steps have a learning rate of 0, so they train nothing: the schedule of the "
+                "learning rate changes between epochs only. Write `unit='step'` or `unit='samples'` for it, or another value than 0"
             )
     return None

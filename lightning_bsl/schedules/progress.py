@@ -121,16 +121,22 @@ class Progress(NamedTuple):
         """The clock at the start of the next epoch."""
         return Progress(self.epoch + 1, self.step, self.samples, self.horizon)
 
-    def since(self, count: int, unit: Unit) -> Progress:
+    def since(self, count: int, unit: Unit, until: int | None = None) -> Progress:
         """The clock of a schedule that starts when this clock reads ``count`` in ``unit``.
 
         Only the reading and the horizon in ``unit`` are shifted. Samples and tokens are one clock: a start inside an example
         is moved to the end of this example.
+
+        Args:
+            count: The reading at the start.
+            unit: Its unit.
+            until: The reading at which the schedule ends; by default the end of the run.
         """
         horizon = self.horizon
         if unit == "tokens":
-            unit, count = "samples", -(-count // horizon.grain(unit))
-        length: int | None = getattr(horizon, unit)
+            grain = horizon.grain(unit)
+            unit, count, until = "samples", -(-count // grain), None if until is None else -(-until // grain)
+        length: int | None = getattr(horizon, unit) if until is None else until
         if length is not None:
             horizon = replace(horizon, **{unit: length - count})
         return self._replace(**{unit: self.count(unit) - count}, horizon=horizon)

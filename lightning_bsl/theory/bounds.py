@@ -26,7 +26,6 @@ from lightning_bsl.schedules import (
     Polynomial,
     PolynomialDecay,
     Schedule,
-    Warmup,
 )
 from lightning_bsl.schedules.plan import Stretch
 
@@ -288,8 +287,8 @@ def asymptotic_rates(schedule: JointSchedule) -> AsymptoticRates | None:
     grows = (isinstance(batch, Exponential) and batch.factor > 1) or power > 0
     if not (grows or isinstance(batch, Constant)):
         return None
-    if isinstance(lr, Warmup):
-        after = asymptotic_rates(JointSchedule(batch, lr.then))
+    if isinstance(lr, Schedule) and lr.after_warmup is not lr:
+        after = asymptotic_rates(JointSchedule(batch, lr.after_warmup))
         return after._replace(case="iv") if grows and after and after.case == "ii" else None
     if growth := schedule.growth():
         delta, gamma = growth
@@ -312,7 +311,7 @@ def _sums(plan: Plan, stretches: Sequence[Stretch]) -> BoundTerms:
     """The sums over stretches of one stage."""
     lr = plan.schedule.lr
     # quadrature needs a smooth rate; a plain function may have any shape
-    smooth = isinstance(lr, Schedule) and not (isinstance(lr, Warmup) and not isinstance(lr.then, Schedule))
+    smooth = isinstance(lr, Schedule) and lr.names_changes
     joined = _joined(stretches) if smooth and isinstance(lr, Schedule) and lr.unit == "step" else stretches
     sums = []
     for stretch in joined:

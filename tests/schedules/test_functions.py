@@ -14,14 +14,17 @@ from lightning_bsl.schedules import (
     Diminishing,
     Exponential,
     Horizon,
+    Linear,
     LinearScaling,
     Milestones,
     Polynomial,
     PolynomialDecay,
     Progress,
     Schedule,
+    Sequence,
     SqrtScaling,
     Warmup,
+    WarmupStableDecay,
 )
 
 UNITS = ("epoch", "step", "samples")
@@ -60,6 +63,42 @@ def values(schedule: Schedule, counts: tuple[int, ...]) -> list[float]:
         (PolynomialDecay, {"start": 1.0, "total": 4, "power": 2}, (0, 1, 2, 4, 5), [1.0, 0.5625, 0.25, 0.0, 0.0]),
         (Milestones, {"values": [1, 2, 4], "at": [30, 60]}, (0, 29, 30, 59, 60, 299), [1, 1, 2, 2, 4, 4]),
         (Milestones, {"values": [7], "at": []}, (0, 299), [7, 7]),
+        (Milestones, {"values": [1, 2, 4], "at": [0.1, 0.2]}, (0, 29, 30, 59, 60, 299), [1, 1, 2, 2, 4, 4]),
+        (Milestones, {"values": [1, 2, 4], "at": [0.1, 60]}, (29, 30, 59, 60), [1, 2, 2, 4]),
+        (Cosine, {"start": 1.0, "total": 0.5}, (0, 75, 150, 299), [1.0, 0.5, 0.0, 0.0]),
+        (PolynomialDecay, {"start": 1.0, "total": 0.1}, (0, 15, 30), [1.0, 0.5, 0.0]),
+        (Linear, {"start": 0.0, "end": 1.0, "over": 10}, (0, 1, 5, 10, 299), [0.0, 0.1, 0.5, 1.0, 1.0]),
+        (Linear, {"start": 3.0, "end": 1.0, "over": 0.1}, (0, 15, 30, 31), [3.0, 2.0, 1.0, 1.0]),
+        (Linear, {"start": 0.0, "end": 3.0}, (0, 100, 300), [0.0, 1.0, 3.0]),
+        (Linear, {"start": 0.0, "end": 1.0, "over": 10, "every": 5}, (0, 4, 5, 9, 10), [0.0, 0.0, 0.5, 0.5, 1.0]),
+        (WarmupStableDecay, {"peak": 2.0}, (0, 3, 6, 239, 240, 270, 300), [0.0, 1.0, 2.0, 2.0, 2.0, 1.0, 0.0]),
+        (
+            WarmupStableDecay,
+            {"peak": 2.0, "warmup": 10, "decay": 100, "end": 1.0, "shape": "sqrt"},
+            (0, 5, 10, 200, 225, 300),
+            [0.0, 1.0, 2.0, 2.0, 1.5, 1.0],
+        ),
+        (
+            WarmupStableDecay,
+            {"peak": 2.0, "warmup": 0, "decay": 0.5, "shape": "cosine"},
+            (0, 150, 200, 225, 250, 300),
+            [2.0, 2.0, 1.5, 1.0, 0.5, 0.0],
+        ),
+        (WarmupStableDecay, {"peak": 2.0, "warmup": 100, "decay": 200}, (0, 50, 100, 200), [0.0, 1.0, 2.0, 1.0]),
+        (WarmupStableDecay, {"peak": 2.0, "warmup": 0.5, "decay": 0}, (0, 75, 150, 299, 300), [0.0, 1.0, 2.0, 2.0, 2.0]),
+        (
+            Warmup,
+            {"start": 0.0, "then": Constant(2.0), "over": 30, "shape": "linear"},
+            (0, 1, 15, 29, 30),
+            [0, 2 / 30, 1, 58 / 30, 2],
+        ),
+        (
+            Warmup,
+            {"start": 1.0, "then": 2.0, "over": 30, "every": 10, "shape": "linear"},
+            (9, 10, 20, 30),
+            [1, 4 / 3, 5 / 3, 2],
+        ),
+        (Sequence, {"parts": [1.0, 3, 2.0], "at": [30, 0.2]}, (0, 29, 30, 59, 60), [1, 1, 3, 3, 2]),
     ],
 )
 def test_values_at_the_boundaries(
@@ -71,6 +110,7 @@ def test_values_at_the_boundaries(
 def test_the_papers_clocks_are_the_defaults() -> None:
     assert [Exponential(1, 2).unit, Cosine(1).unit, Milestones([1], []).unit] == ["epoch"] * 3
     assert [Diminishing(1).unit, PolynomialDecay(1).unit] == ["step"] * 2
+    assert WarmupStableDecay(1).unit == "samples"  # a budget of data
 
 
 @pytest.mark.parametrize(
@@ -136,16 +176,29 @@ def test_warmup_over_a_fraction_and_before_a_plain_function() -> None:
         Cosine(1.0, total=60, unit="samples", every=2),
         PolynomialDecay(1.0, total=150, unit="samples"),
         Milestones([1, 2, 4], at=[30, 60], unit="samples"),
+        Milestones([1, 2, 4], at=[0.1, 0.2], unit="samples"),
+        Linear(0.0, 1.0, over=30, unit="samples"),
+        WarmupStableDecay(1.0, warmup=30, decay=60),
+        Sequence([Linear(0.0, 1.0, over=15, unit="samples"), 1.0, Cosine(1.0, unit="samples")], at=[30, 60], unit="samples"),
         Warmup(0.1, then=Cosine(0.8, unit="samples"), over=30, every=3, unit="samples"),
     ],
 )
 def test_lengths_in_tokens_are_those_in_samples_times_the_tokens_of_one(schedule: Schedule) -> None:
     def in_tokens(each: Any) -> Any:
-        lengths = {name: getattr(each, name, None) for name in ("every", "over", "total", "at")}
-        if lengths["at"] is not None:
-            return replace(each, unit="tokens", at=[512 * milestone for milestone in lengths["at"]])
-        scaled = {name: 512 * length for name, length in lengths.items() if isinstance(length, int)}
-        return replace(each, unit="tokens", **scaled, **({"then": in_tokens(each.then)} if hasattr(each, "then") else {}))
+        def scaled(length: Any) -> Any:
+            return 512 * length if isinstance(length, int) else length
+
+        names = ("every", "over", "total", "warmup", "decay")
+        changed = {name: scaled(getattr(each, name)) for name in names if hasattr(each, name)}
+        if hasattr(each, "at"):
+            changed |= {"at": [scaled(boundary) for boundary in each.at], "every": 1}
+        if isinstance(each, Sequence):
+            changed["parts"] = [in_tokens(part) for part in each.parts]
+        if isinstance(each, WarmupStableDecay):
+            changed["every"] = 1
+        if hasattr(each, "then"):
+            changed["then"] = in_tokens(each.then)
+        return replace(each, unit="tokens", **changed)
 
     run = Horizon(samples=300, tokens_per_sample=512)
     for samples in range(300):
@@ -196,6 +249,30 @@ def test_tokens_where_the_examples_have_none() -> None:
         (Warmup, {"start": 1, "then": Constant(2), "over": True}, r"`over=True`.*write an int of 1 or more"),
         (Warmup, {"start": 0, "then": Constant(2), "over": 3}, r"start from 0; write a `start` above 0"),
         (Warmup, {"start": -1, "then": Constant(2), "over": 3}, r"start from -1; write a `start` above 0"),
+        (Warmup, {"start": 0, "then": Constant(2), "over": 3}, r"`start=0` with `shape='linear'`"),
+        (Warmup, {"start": -1, "then": Constant(2), "over": 3, "shape": "linear"}, r"linear warm-up cannot start from -1"),
+        (Warmup, {"start": 1, "then": Constant(2), "over": 3, "shape": "cosine"}, r"'cosine'.*write 'linear' or 'exponential'"),
+        (Cosine, {"start": 1, "total": 1.5}, r"`total=1.5`.*float between 0 and 1"),
+        (Linear, {"start": 0, "end": 1, "over": 0}, r"`over=0`.*write an int of 1 or more, or leave it out"),
+        (Linear, {"start": 0, "end": 1, "over": 2.0}, r"`over=2.0`.*float between 0 and 1"),
+        (Milestones, {"values": [1, 2], "at": [1.5]}, r"`at=\(1.5,\)`.*whole numbers.*fractions of the run between 0 and 1"),
+        (Milestones, {"values": [1, 2, 3], "at": [0.2, 0.1]}, r"`at=\(0.2, 0.1\)` must increase"),
+        (Milestones, {"values": [1, 2], "at": [True]}, r"`at=\(True,\)` must increase, from 1 on"),
+        (Milestones, {"values": [1, 2], "at": [1e6]}, r"`at=\(1000000.0,\)`.*whole numbers"),
+        (Sequence, {"parts": [1, 2], "at": [3, 4]}, r"2 boundaries need 3 parts, but there are 2"),
+        (Sequence, {"parts": [1, 2], "at": [0.0]}, r"`at=\(0.0,\)` must increase"),
+        (
+            Sequence,
+            {"parts": [1, Cosine(1, unit="step")], "at": [3]},
+            r"Sequence counts in unit 'epoch'.*Cosine counts in 'step'",
+        ),
+        (Sequence, {"parts": [1, 2], "at": [3], "every": 2}, r"Sequence has no `every` \(got 2\)"),
+        (WarmupStableDecay, {"peak": 1, "warmup": 1.5}, r"`warmup=1.5`.*float between 0 and 1"),
+        (WarmupStableDecay, {"peak": 1, "decay": -1}, r"`decay=-1`.*write an int of 1 or more"),
+        (WarmupStableDecay, {"peak": 1, "decay": False}, r"`decay=False`"),
+        (WarmupStableDecay, {"peak": 1, "end": 2}, r"`peak=1` must be above `end=2`"),
+        (WarmupStableDecay, {"peak": 1, "end": -0.1}, r"`end` must be 0 or more"),
+        (WarmupStableDecay, {"peak": 1, "shape": "exponential"}, r"'exponential'.*write 'linear' or 'sqrt' or 'cosine'"),
         (Warmup, {"start": 1, "then": Diminishing(2), "over": 3}, r"'epoch'.*'step'.*Write `unit='step'`.*Diminishing"),
     ],
 )
@@ -212,6 +289,10 @@ def test_bad_arguments(family: type[Schedule], arguments: dict[str, Any], messag
         (Cosine, {"start": 1}),
         (PolynomialDecay, {"start": 1}),
         (Warmup, {"start": 1, "then": Constant(2), "over": 0.5}),
+        (Milestones, {"values": [1, 2], "at": [0.5]}),
+        (Sequence, {"parts": [1, 2], "at": [0.5]}),
+        (Linear, {"start": 1, "end": 2, "over": 0.5}),
+        (WarmupStableDecay, {"peak": 1}),
     ],
 )
 def test_a_fraction_of_a_run_without_an_end(family: type[Schedule], arguments: dict[str, Any], unit: str) -> None:
@@ -262,11 +343,30 @@ def families(draw: st.DrawFn, unit: str | None = None) -> Schedule:
         st.builds(Cosine, size, end=size, total=total, **few),
         st.builds(PolynomialDecay, size, end=size, total=total, power=st.floats(0.5, 3), **few),
         st.lists(size, min_size=len(cuts) + 1, max_size=len(cuts) + 1).map(lambda v: Milestones(v, cuts, unit=unit)),
+        st.builds(Linear, size, size, over=st.none() | length, **few),
+        st.builds(
+            WarmupStableDecay,
+            peak=st.floats(1, 9),
+            warmup=st.integers(0, 15) | st.just(0.2),
+            decay=st.integers(0, 15) | st.just(0.3),
+            shape=st.sampled_from(["linear", "sqrt", "cosine"]),
+            unit=st.just(unit),
+        ),
     )
     schedule = draw(one_of)
     if draw(st.booleans()):
+        boundaries = sorted(draw(st.sets(st.integers(1, LENGTH - 1), min_size=1, max_size=3)))
+        fractions = draw(st.booleans())
+        at = [boundary / LENGTH for boundary in boundaries] if fractions else boundaries
+        parts = [schedule, *(draw(one_of | size) for _ in at)]
+        # a part may be shorter than the ramps of this one
+        parts = [Linear(0, 1, unit=unit) if isinstance(part, WarmupStableDecay) else part for part in parts]
+        schedule = Sequence(parts, at=at, unit=unit)
+    if draw(st.booleans()):
         over = draw(st.integers(1, LENGTH - 1) | st.sampled_from([0.1, 0.3, 0.5]))
-        schedule = Warmup(draw(size), then=schedule, over=over, every=draw(length), unit=unit)
+        if not isinstance(schedule, (Sequence, WarmupStableDecay)):  # they may be longer than the rest, or start from 0
+            shape = draw(st.sampled_from(["linear", "exponential"]))
+            schedule = Warmup(draw(size), then=schedule, over=over, shape=shape, every=draw(length), unit=unit)
     return schedule
 
 
