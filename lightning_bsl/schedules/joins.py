@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -65,9 +66,14 @@ class Join(Schedule):
                 f"{type(self).__name__} has no `every` (got {self.every}): leave it out; `at` says where a part ends"
             )
 
-    @abstractmethod
+    @cached_property
     def _parts(self) -> ListOf[Function]:
         """The parts in their order."""
+        return self._make_parts()
+
+    @abstractmethod
+    def _make_parts(self) -> ListOf[Function]:
+        """Return the parts in their order."""
 
     @abstractmethod
     def boundaries(self, progress: Progress) -> list[int]:
@@ -80,7 +86,7 @@ class Join(Schedule):
         index = sum(count >= boundary for boundary in boundaries)
         start = boundaries[index - 1] if index else 0
         until = boundaries[index] if index < len(boundaries) else None
-        return self._parts()[index], progress.since(start, self.unit, until)
+        return self._parts[index], progress.since(start, self.unit, until)
 
     def value(self, progress: Progress) -> float:
         """Return the value of the part at ``progress``."""
@@ -98,12 +104,12 @@ class Join(Schedule):
     @property
     def names_changes(self) -> bool:
         """Whether ``next_change`` names every change: not if one of the parts is a plain function."""
-        return all(isinstance(part, Schedule) and part.names_changes for part in self._parts())
+        return all(isinstance(part, Schedule) and part.names_changes for part in self._parts)
 
     @property
     def after_warmup(self) -> Function:
         """The last part, if all parts before it rise; else the schedule itself."""
-        *before, last = self._parts()
+        *before, last = self._parts
         return last if before and self._rising() == len(before) else self
 
     def warmup_end(self, progress: Progress) -> int:
@@ -118,7 +124,7 @@ class Join(Schedule):
 
     def _rising(self) -> int:
         """The number of parts at the start that rise; the last part does not count."""
-        rises = [isinstance(part, Schedule) and part.rises for part in self._parts()[:-1]]
+        rises = [isinstance(part, Schedule) and part.rises for part in self._parts[:-1]]
         return next((index for index, rising in enumerate(rises) if not rising), len(rises))
 
     def _check_part(self, part: object, name: str) -> None:
@@ -188,7 +194,7 @@ class Sequence(Join):
                 f"`at={self.at}`: write one part more than there are boundaries"
             )
 
-    def _parts(self) -> ListOf[Function]:
+    def _make_parts(self) -> ListOf[Function]:
         return self.parts  # type: ignore[return-value]  # __post_init__ made them callable
 
     def boundaries(self, progress: Progress) -> list[int]:
@@ -231,7 +237,7 @@ class Milestones(Join):
             )
         _check_boundaries(self.at)
 
-    def _parts(self) -> ListOf[Function]:
+    def _make_parts(self) -> ListOf[Function]:
         return [Constant(value) for value in self.values]
 
     def boundaries(self, progress: Progress) -> list[int]:
@@ -319,7 +325,7 @@ class Warmup(Join):
         """Return the end of the warm-up."""
         return [self._over(progress)]
 
-    def _parts(self) -> ListOf[Function]:
+    def _make_parts(self) -> ListOf[Function]:
         return [Linear(0, 1), self.then]  # the first one only says that the value rises: `value` computes the warm-up
 
     def _peak(self, progress: Progress) -> float:
@@ -411,7 +417,7 @@ class WarmupStableDecay(Join):
             )
         return [warmup, run - decay]
 
-    def _parts(self) -> ListOf[Function]:
+    def _make_parts(self) -> ListOf[Function]:
         shape = {"linear": Linear, "sqrt": _SqrtDecay, "cosine": Cosine}[self.shape]
         rise = Linear(0.0, self.peak, unit=self.unit) if self.warmup else Constant(self.peak)
         fall = shape(self.peak, self.end, unit=self.unit) if self.decay else Constant(self.peak)

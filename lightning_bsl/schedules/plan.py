@@ -527,6 +527,6 @@ def _warn_of_zero(stages: list[Stage]) -> str | None:
         if stage.lr == stage.last_lr == 0 and stage.steps > 1:
             return (
                 f"the {where} {stage.steps} steps have a learning rate of 0, so they train nothing: the schedule of the "
-                "learning rate changes between epochs only. Write `unit='step'` or `unit='samples'` for it, or another value than 0"
+                "learning rate changes between epochs only. Write `unit='step'` or `unit='samples'` for it, or a value above 0"
             )
     return None

@@ -51,7 +51,8 @@ def seesaw(
         batch_size: The first batch size, in examples.
         cut: c, the factor by which the decay falls from one stage to the next.
         exponent: a, from 1/2 (from 0 with ``coupling="linear"``) to 1.
-        maximum: Largest batch size, in examples; ``None`` for no limit.
+        maximum: Largest batch size, in examples; ``None`` for no limit. A decay to 0 asks for very large batches at its end,
+            so give a maximum where an epoch is short.
         coupling: ``"sqrt"`` for Adam and other optimizers that normalise the gradient, ``"linear"`` for SGD.
 
     Returns:
@@ -137,6 +138,7 @@ class _Seesaw(Schedule):
 
     def cuts(self, progress: Progress) -> float:
         """Return m, the number of cuts so far; ``inf`` where the decay has reached 0."""
+        self._check(progress)
         if progress.count(self.unit) < self.warmup_end(progress):
             return 0
         peak, value = self.peak(progress), self.decay(progress)
@@ -163,15 +165,14 @@ class _Seesaw(Schedule):
 
         return None if (samples := _first(reached, first + 1, end)) is None else samples * grain
 
-    def check(self, progress: Progress) -> None:
+    def _check(self, progress: Progress) -> None:
         """Raise ``ValueError`` if the decay rises; once for each length of the run."""
         if getattr(self, "_checked", None) == progress.horizon or (end := progress.horizon.length(self.unit)) is None:
             return
         object.__setattr__(self, "_checked", progress.horizon)
         start = self.warmup_end(progress)
         readings = [start + (end - 1 - start) * point // _POINTS for point in range(_POINTS + 1)]
-        rates = [self.decay(self._at(progress, reading)) for reading in readings]
-        for before, after in pairwise(rates):
+        for before, after in pairwise(self.decay(self._at(progress, reading)) for reading in readings):
             if after > before * (1 + 1e-9):
                 raise ValueError(self._not_a_decay(before, after))
 
@@ -190,13 +191,13 @@ class _BatchSize(_Seesaw):
     """The batch size of `seesaw`."""
 
     def value(self, progress: Progress) -> float:
-        """Return the batch size."""
-        self.check(progress)
-        return self.batch_size(self.cuts(progress))
+        """Return the batch size; not above the run, since a decay to 0 asks for batches of any size at its end."""
+        return min(self.batch_size(self.cuts(progress)), progress.horizon.samples or math.inf)
 
     def next_change(self, progress: Progress) -> int | None:
         """Return the reading of the next cut; ``None`` at the largest batch size."""
-        return None if self.value(progress) >= self.largest else self.next_cut(progress)
+        largest = min(self.largest, progress.horizon.samples or math.inf)
+        return None if self.value(progress) >= largest else self.next_cut(progress)
 
 
 @dataclass(frozen=True)
