@@ -36,12 +36,15 @@ BATCH, RATE = "#1f6fb5", "#d1622b"
 SCHEDULES = (
     "Constant(128)",
     "Exponential(8, factor=2, every=30, maximum=4096)",
+    "Linear(32, 512, over=100, every=10)",
     "Polynomial(8, slope=16, every=30)",
-    "Milestones([128, 256, 512], at=[100, 200])",
+    "Milestones([128, 256, 512], at=[0.03, 0.1])",
     "Diminishing(0.1)",
     "Cosine(0.1)",
     "PolynomialDecay(0.1, power=2)",
     "Warmup(0.1, then=Cosine(0.5), over=30, every=3)",
+    "WarmupStableDecay(0.1, shape='sqrt')",
+    "Sequence([Linear(0.0, 0.1), 0.1, Cosine(0.1)], at=[0.05, 0.5])",
     "LinearScaling(0.1, base_batch_size=128)",
     "SqrtScaling(0.1, base_batch_size=128)",
     "NoiseScaling(0.4, noise_batch_size=256)",
@@ -227,7 +230,7 @@ def planned(name: str) -> JointSchedule | None:
         cfg = compose("train", ["data=cifar100", f"scheduler={name}", f"trainer.max_epochs={EPOCHS}"])
     if "trigger" in cfg.scheduler:
         return None
-    return JointSchedule(instantiate(cfg.scheduler.batch_size), instantiate(cfg.scheduler.lr))
+    return JointSchedule.of(instantiate(cfg.scheduler.batch_size), instantiate(cfg.scheduler.get("lr")))
 
 
 def families() -> str:

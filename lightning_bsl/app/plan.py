@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import hydra
+import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.nn import Parameter
 
 from lightning_bsl.app.compose import CONF, make_constants, make_plan
+from lightning_bsl.callbacks.constants import FollowingConstants
 from lightning_bsl.report import compare_table, console, plan_table, plot_comparison, plot_plan, theory_table
-from lightning_bsl.schedules import Plan
+from lightning_bsl.schedules import Plan, to_megatron
+from lightning_bsl.schedules.plan import ConstantsAt
 
 
 def main() -> None:
@@ -36,12 +42,14 @@ def _main(cfg: DictConfig) -> None:
         plot_comparison(plans, folder / "plans.png", constants)
         out.print(f"{folder}: plans.png", soft_wrap=True)
         return
-    plan = _plan(cfg)
-    out.print(plan_table(plan))
+    plan, constants_at = _plan(cfg), _constants(cfg)
+    out.print(plan_table(plan, constants_at))
     if plan.stages[0].lr is not None:
         out.print(theory_table(plan, constants))
-    plan.to_csv(folder / "plan.csv")
+    plan.to_csv(folder / "plan.csv", constants_at)
     plot_plan(plan, folder / "plan.png", constants)
+    if line := _for_megatron(plan):
+        out.print(line, soft_wrap=True, highlight=False)
     out.print(f"{folder}: plan.csv, plan.png", soft_wrap=True)
 
 
@@ -53,6 +61,22 @@ def _plan(cfg: DictConfig) -> Plan:
             "scheduler that measures before it decides"
         )
     return plan
+
+
+def _constants(cfg: DictConfig) -> ConstantsAt:
+    """The optimizer's constants that follow the batch size, for a batch size: none where the optimizer is not configured."""
+    rules = instantiate(cfg.scheduler).follow
+    node = OmegaConf.select(cfg, "model.optimizer") or cfg.get("optimizer")
+    optimizers = [instantiate(node)([Parameter(torch.zeros(1))])] if rules and node else []
+    return FollowingConstants(optimizers, rules if optimizers else {}, ExitStack()).at
+
+
+def _for_megatron(plan: Plan) -> str | None:
+    """The batch sizes in the words of Megatron-LM; ``None`` for a constant batch, or where they count tokens."""
+    if len({stage.batch_size for stage in plan.stages}) == 1 or plan.stretches[0][0].sizes is not None:
+        return None
+    unit: Literal["tokens", "samples"] = "samples" if plan.horizon.tokens_per_sample is None else "tokens"
+    return f'in {unit}, for Megatron-LM: --step-batch-size-schedule "{to_megatron(plan, unit)}"'
 
 
 def _with_scheduler(name: str) -> DictConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from lightning_bsl.runs.compare import band
 from lightning_bsl.runs.find import METRICS, Group
 from lightning_bsl.runs.logs import AXES
 from lightning_bsl.runs.metrics import Row, curve, validated
-from lightning_bsl.schedules import Plan, Progress
+from lightning_bsl.schedules import Plan
 from lightning_bsl.theory import BoundConstants, bound_curve
 
 _BATCH, _RATE, _TRAIN, _VAL = "#1f6fb4", "#d1601f", "#7a7a7a", "#2a8f4f"
@@ -180,6 +182,15 @@ def log_ticks(axis: Any, subs: Sequence[float] = ()) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def count_ticks(axes: Any) -> None:
+    """A few plain numbers on the x-axis, which counts something."""
+    axes.locator_params(axis="x", nbins=6)
+    if axes.get_xlim()[1] >= 1e4:
+        from matplotlib.ticker import EngFormatter
+
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def _powers_of_two(axis: Any) -> None:
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}")
@@ -204,11 +215,13 @@ def _trace(plan: Plan) -> Any:
     """Along a plan: both ends of every stage, and the curve in between."""
     points = []
     step, samples = 0, 0
-    for stage in plan.stages:
+    for stage, stretches in zip(plan.stages, plan.stretches):
+        ends = list(itertools.accumulate(stretch.steps for stretch in stretches))
         for share in (0.0, 1.0) if stage.lr == stage.last_lr else [i / 100 for i in range(101)]:
             at = min(int(share * stage.steps), stage.steps - 1)
-            epoch = int(stage.first_epoch + stage.epochs * at / stage.steps + 1e-6)
-            clock = Progress(epoch, step + at, samples + at * stage.batch_size, plan.horizon)
+            stretch = stretches[index := bisect.bisect_right(ends, at)]
+            behind = at - (ends[index] - stretch.steps)
+            clock = stretch.start.advance(stretch.examples_of(behind), behind)
             x = stage.first_epoch + share * stage.epochs, step + share * stage.steps, samples + share * stage.samples
             points.append((*x, stage.batch_size, plan.schedule.lr_at(clock, stage.batch_size)))
         step, samples = step + stage.steps, samples + stage.samples
@@ -241,8 +254,4 @@ def _scale(axes: Any, metric: str, lowest: float, highest: float) -> None:
         axes.set_ylim(bottom=0)
     elif metric != "val/accuracy" and lowest > 0 and highest > 3 * lowest:
         log_ticks(axes.yaxis, (1, 2, 5) if highest < 300 * lowest else (1,))
-    axes.locator_params(axis="x", nbins=6)
-    if axes.get_xlim()[1] >= 1e4:
-        from matplotlib.ticker import EngFormatter
-
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    count_ticks(axes)

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from lightning_bsl.runs.metrics import Row, curve, validated
 from lightning_bsl.schedules import Plan, Stage
+from lightning_bsl.schedules.plan import ConstantsAt
 from lightning_bsl.theory import BoundConstants, BoundTerms, asymptotic_rates, bound_terms, stalls
 
 _MOST_ROWS = 30
@@ -24,15 +25,21 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan, constants_at: ConstantsAt = lambda batch_size: {}) -> Table:
     """A row for each stage of a plan, and their sum.
 
     Where there are many stages (a rate that falls every epoch), those of one batch size share a row.
+
+    Args:
+        plan: The plan.
+        constants_at: For further columns: returns the optimizer's constants for a batch size, by name.
     """
-    table = _table("stage", "from epoch", "epochs", "steps", "samples", "batch", "rate")
+    names = constants_at(plan.stages[0].batch_size)
+    table = _table("stage", "from epoch", "epochs", "steps", "samples", "batch", "rate", *names)
     for stage, _ in _rows(plan):
         number, *cells = _cells(stage)
-        table.add_row(number, f"{stage.first_epoch:g}", *cells)
+        constants = (f"{value:.6g}" for value in constants_at(stage.batch_size).values())
+        table.add_row(number, f"{stage.first_epoch:g}", *cells, *constants)
     table.add_section()
     table.add_row("all", "", f"{plan.epochs:g}", f"{plan.steps:,}", f"{plan.samples:,}", "", "")
     return table
@@ -79,16 +86,29 @@ def compare_table(plans: Mapping[str, Plan], constants: BoundConstants | None = 
     if len(samples := {plan.samples for plan in plans.values()}) > 1:
         taken = ", ".join(f"{name} {plan.samples:,}" for name, plan in plans.items())
         raise ValueError(f"plans are compared at equal samples, but these take {taken}; bound them in epochs, not in steps")
-    columns = "scheduler", "case", "steps", "last batch", "peak rate", "B_T", "V_T", *["bound"] * bool(constants), "stalled"
+    columns = (
+        "scheduler",
+        "case",
+        "steps",
+        "last batch",
+        "peak rate",
+        "saved",
+        "B_T",
+        "V_T",
+        *["bound"] * bool(constants),
+        "stalled",
+    )
     table = _table(*columns)
+    first, steps = next((name, plan.steps) for name, plan in plans.items())
     for name, plan in plans.items():
         terms, rates = bound_terms(plan), asymptotic_rates(plan.schedule)
         total, stalled = reduce(add, terms), stalls(terms)
-        sizes = f"{plan.steps:,}", f"{plan.stages[-1].batch_size:,}", f"{total.max_lr:.4g}"
+        sizes = f"{plan.steps:,}", f"{plan.stages[-1].batch_size:,}", f"{total.max_lr:.4g}", f"{1 - plan.steps / steps:.1%}"
         case = f"({rates.case})" if rates else ""
         table.add_row(name, case, *sizes, *_terms(total, constants), f"{sum(stalled)} of {len(stalled)}")
     stalled_means = "stalled: stages that add next to nothing to 1 / B_T"
-    table.caption = f"{max(samples):,} samples each; case of arXiv 2409.08770; {stalled_means}"
+    saved = f"saved: of the steps of {first}"
+    table.caption = f"{max(samples):,} samples each; case of arXiv 2409.08770; {saved}; {stalled_means}"
     return table
 
 

@@ -1,5 +1,6 @@
 """Schedules: pure functions of progress, and the plan that follows from them. Standard library only."""
 
+from lightning_bsl.schedules.following import DecayTimescale, FollowingRule, HalfLife
 from lightning_bsl.schedules.functions import (
     Constant,
     Cosine,
@@ -12,6 +13,7 @@ from lightning_bsl.schedules.functions import (
 )
 from lightning_bsl.schedules.joins import Milestones, Sequence, Warmup, WarmupStableDecay
 from lightning_bsl.schedules.joint import BatchLR, JointSchedule
+from lightning_bsl.schedules.megatron import from_megatron, to_megatron
 from lightning_bsl.schedules.plan import Plan, Stage, plan
 from lightning_bsl.schedules.progress import Horizon, Progress
 from lightning_bsl.schedules.scaling import LinearScaling, NoiseScaling, ScalingRule, SqrtScaling, SurgeScaling
@@ -21,8 +23,11 @@ __all__ = [
     "BatchLR",
     "Constant",
     "Cosine",
+    "DecayTimescale",
     "Diminishing",
     "Exponential",
+    "FollowingRule",
+    "HalfLife",
     "Horizon",
     "JointSchedule",
     "Linear",
@@ -41,6 +46,8 @@ __all__ = [
     "SurgeScaling",
     "Warmup",
     "WarmupStableDecay",
+    "from_megatron",
     "plan",
     "seesaw",
+    "to_megatron",
 ]

@@ -48,10 +48,9 @@ def check_length(name: str, length: int | float, optional: bool = False) -> None
         optional: Whether the argument may be left out.
     """
     if not is_length(length):
-        remedy = "write an int of 1 or more, or leave it out" if optional else "write an int of 1 or more"
         raise ValueError(
-            f"`{name}={length!r}` is not a length: {remedy} (that many units), or a float between 0 and 1 (that fraction of "
-            "the run)"
+            f"`{name}={length!r}` is not a length: write an int of 1 or more{', or leave it out' if optional else ''} (that "
+            "many units), or a float between 0 and 1 (that fraction of the run)"
         )
 
 

@@ -7,7 +7,7 @@ import csv
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import NamedTuple
 from lightning_bsl.schedules.functions import Exponential, Schedule
 from lightning_bsl.schedules.joint import JointSchedule
 from lightning_bsl.schedules.progress import Horizon, Progress
+
+ConstantsAt = Callable[[int], Mapping[str, float]]  # batch size -> the constants of the optimizer that follow it, by name
 
 
 @dataclass(frozen=True)
@@ -152,16 +154,18 @@ class Plan:
             yield stretch, behind
             behind += stretch.examples
 
-    def to_csv(self, path: str | Path) -> None:
+    def to_csv(self, path: str | Path, constants_at: ConstantsAt | None = None) -> None:
         """Write a CSV file with one row per stage.
 
         Args:
             path: The file.
+            constants_at: For further columns: returns the optimizer's constants for a batch size, by name.
         """
+        further = [constants_at(stage.batch_size) if constants_at else {} for stage in self.stages]
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Stage)])
+            writer = csv.DictWriter(file, [*(field.name for field in fields(Stage)), *further[0]])
             writer.writeheader()
-            writer.writerows(asdict(stage) for stage in self.stages)
+            writer.writerows({**asdict(stage), **constants} for stage, constants in zip(self.stages, further))
 
 
 class Beside(NamedTuple):

@@ -22,6 +22,7 @@ from lightning_bsl.schedules import (
     Diminishing,
     Exponential,
     JointSchedule,
+    Linear,
     Plan,
     Polynomial,
     PolynomialDecay,
@@ -300,7 +301,7 @@ def asymptotic_rates(schedule: JointSchedule) -> AsymptoticRates | None:
         if grows:
             return AsymptoticRates("ii", "O(1/sqrt T)", "O(1/sqrt T)")
         return AsymptoticRates("i", "O(1/sqrt T)", "O(log T / sqrt T)")
-    if isinstance(lr, (Constant, Cosine, PolynomialDecay)):
+    if isinstance(lr, (Constant, Cosine, Linear, PolynomialDecay)) and not lr.rises:
         if 0 < power <= 1:  # sum_t 1 / b_t diverges
             return AsymptoticRates("ii", "O(1/T)", "O(log T / T)" if power == 1 else f"O(T^-{power:g})")
         return AsymptoticRates("ii", "O(1/T)", "O(1/T)") if grows else AsymptoticRates("i", "O(1/T)", "does not vanish")

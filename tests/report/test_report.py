@@ -107,8 +107,8 @@ def test_theory_table_marks_stalls_and_joins_as_the_plan_table_does() -> None:
 def test_comparison(tmp_path: Path) -> None:
     plans = {"grow": plan(GROWING, 1000, epochs=5), "fixed": plan(JointSchedule(32, 0.1), 1000, epochs=5)}
     rows = lines(compare_table(plans, PROBLEM))
-    assert [row[:5] for row in rows] == [
-        ["grow", "(iii)", "244", "128", "0.2441"], ["fixed", "(i)", "160", "32", "0.1"]
+    assert [row[:6] for row in rows] == [
+        ["grow", "(iii)", "244", "128", "0.2441", "0.0%"], ["fixed", "(i)", "160", "32", "0.1", "34.4%"]
     ]  # fmt: skip
     plot_comparison(plans, tmp_path / "plans.png", PROBLEM)
     assert (tmp_path / "plans.png").stat().st_size > 10_000
