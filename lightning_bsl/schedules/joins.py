@@ -113,9 +113,12 @@ class Join(Schedule):
         return last if before and self._rising() == len(before) else self
 
     def warmup_end(self, progress: Progress) -> int:
-        """Return the reading at which the first parts, which rise, end; 0 if the first part does not rise."""
-        rising = self._rising()
-        return self.boundaries(progress)[rising - 1] if rising else 0
+        """Return the reading at which the parts at the start that rise end, or the warm-up of the first part; else 0."""
+        first, rising = self._parts[0], self._rising()
+        if rising:
+            return self.boundaries(progress)[rising - 1]
+        until = next(iter(self.boundaries(progress)), None)
+        return first.warmup_end(progress.since(0, self.unit, until)) if isinstance(first, Schedule) else 0
 
     def means_zero(self, progress: Progress, batch_size: int) -> bool:
         """Return whether the part means a value of 0 at ``progress``."""

@@ -314,6 +314,9 @@ def test_no_warning_without_cause() -> None:
     [
         (JointSchedule(8), {}, "a plan needs a horizon: write `epochs`, `steps` or `samples`"),
         (JointSchedule(8), {"epochs": 0}, "`epochs=0` must be 1 or more"),
+        (JointSchedule(8), {"epochs": 0.5}, "`epochs=0.5` must be 1 or more, as a whole number"),
+        (JointSchedule(8), {"samples": 20.5}, "`samples=20.5` must be 1 or more, as a whole number"),
+        (JointSchedule(8), {"steps": True}, "`steps=True` must be 1 or more, as a whole number"),
         (JointSchedule(8), {"steps": -1}, "`steps=-1` must be 1 or more"),
         (JointSchedule(101), {"epochs": 1}, "batch size is 101 at epoch=0.*only 100 examples.*`maximum` of 100"),
         (JointSchedule(Exponential(30, 2)), {"epochs": 4}, "batch size is 120 at epoch=2.*`maximum` of 100"),

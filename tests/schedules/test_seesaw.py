@@ -84,6 +84,7 @@ DECAYS = [
     WarmupStableDecay(0.1, warmup=0.1, decay=0.5, shape="sqrt"),
     Warmup(0.01, then=Cosine(0.1, unit="samples"), over=0.1, unit="samples"),
     Sequence([Linear(0.0, 0.1, unit="samples"), Cosine(0.1, unit="samples")], at=[0.1], unit="samples"),
+    Sequence([WarmupStableDecay(0.1, warmup=0.2, end=0.05), Linear(0.05, 0.0, unit="samples")], at=[0.5], unit="samples"),
 ]
 
 
