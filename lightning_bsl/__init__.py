@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_bsl.callbacks import (
         AdaptiveBatchLRScheduler,
+        BatchEMA,
         BatchLRScheduler,
         FullGradientNorm,
         GradientNoiseScale,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveBatchLRScheduler",
+    "BatchEMA",
     "BatchLRScheduler",
     "BatchSizeDataModule",
     "FullGradientNorm",

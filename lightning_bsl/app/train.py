@@ -37,7 +37,7 @@ class RunRecord(Callback):
         """Write the plan, which is known now that the data are loaded, and show it."""
         if trainer.is_global_zero and (plan := self.scheduler.plan) is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.write(plan)
-            console().print(plan_table(plan))
+            console().print(plan_table(plan, self.scheduler.constants_at))
 
     def write(self, plan: Plan) -> None:
         """Write a plan and its bound.
@@ -45,7 +45,7 @@ class RunRecord(Callback):
         Args:
             plan: The plan.
         """
-        plan.to_csv(self.folder / "plan.csv")
+        plan.to_csv(self.folder / "plan.csv", self.scheduler.constants_at)
         if self.constants is not None:
             self.bounds = gradient_norm_bounds(plan, self.constants)
             write_bound(self.folder, self.bounds)

@@ -1,6 +1,7 @@
 """The callbacks: schedulers of batch size and learning rate, measurements, and triggers."""
 
 from lightning_bsl.callbacks.adaptive import AdaptiveBatchLRScheduler
+from lightning_bsl.callbacks.batch_ema import BatchEMA
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, plan_fit
 from lightning_bsl.callbacks.full_gradient import FullGradient
 from lightning_bsl.callbacks.gradient_noise import GradientNoiseScale
@@ -10,6 +11,7 @@ from lightning_bsl.callbacks.triggers import GradientNormTrigger, NoiseScaleTrig
 
 __all__ = [
     "AdaptiveBatchLRScheduler",
+    "BatchEMA",
     "BatchLRScheduler",
     "FullGradient",
     "FullGradientNorm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -14,7 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.loop import logged_at
 from lightning_bsl.callbacks.triggers import GradientNormTrigger, Trigger, noise_scale
-from lightning_bsl.schedules import JointSchedule, NoiseScaling, ScalingRule, SurgeScaling
+from lightning_bsl.schedules import FollowingRule, JointSchedule, NoiseScaling, ScalingRule, SurgeScaling
+from lightning_bsl.schedules.following import FollowingFunction
 from lightning_bsl.schedules.measured import Segment, measured_stages
 
 
@@ -155,6 +157,7 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         check_every: Number of optimizer steps between two checks.
         max_device_batch_size: The same as for ``BatchLRScheduler``.
         loader: The same as for ``BatchLRScheduler``.
+        follow: The same as for ``BatchLRScheduler``.
 
     Raises:
         ValueError: ``delta`` not above 1, ``gamma`` below 1, a first value above its maximum, ``check_every`` below 1. At the
@@ -178,8 +181,9 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         check_every: int = 1000,
         max_device_batch_size: int | Literal["auto"] | None = None,
         loader: str | int | None = None,
+        follow: Mapping[str, FollowingRule | FollowingFunction] | None = None,
     ) -> None:
-        super().__init__(batch_size, lr, max_device_batch_size, loader)
+        super().__init__(batch_size, lr, max_device_batch_size, loader, follow=follow)
         if check_every < 1:
             raise ValueError(f"`check_every={check_every}` must be 1 or more")
         self.controller = StageController(batch_size, lr, delta, gamma, maximum, max_lr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_bsl.callbacks.clock import RunClock, StepSetting
 from lightning_bsl.callbacks.compatibility import check_beside_scheduler, check_ceiling, check_training, refuse
 from lightning_bsl.callbacks.compile import expect_other_sizes
+from lightning_bsl.callbacks.constants import FollowingConstants, check_momentum, read_follow
 from lightning_bsl.callbacks.fit import VERSION, Fit, Resumed, plan_fit
 from lightning_bsl.callbacks.loop import (
     before_batch_counts,
@@ -32,7 +33,8 @@ from lightning_bsl.callbacks.rates import OwnRates, Rates, ScaledRates
 from lightning_bsl.callbacks.snapshot import StepStart
 from lightning_bsl.callbacks.sources import DataSource, source_of
 from lightning_bsl.data.datamodule import data_parallel
-from lightning_bsl.schedules import JointSchedule, Plan, Progress, ScalingRule
+from lightning_bsl.schedules import FollowingRule, JointSchedule, Plan, Progress, ScalingRule
+from lightning_bsl.schedules.following import FollowingFunction
 from lightning_bsl.schedules.functions import Function, Schedule
 
 __all__ = ["BatchLRScheduler", "plan_fit"]
@@ -76,12 +78,18 @@ class BatchLRScheduler(Callback):
             ``BatchSizeDataModule(lengths=...)``. A step then takes examples in the order of the epoch until their lengths,
             without padding, sum to the batch size or more; the last step of an epoch may have less. Scaling rules get the batch
             size in tokens too; the clock still counts examples.
+        follow: A rule for each constant of the optimizer that follows the batch size: ``HalfLife``, ``DecayTimescale``, or a
+            function ``(value, batch_size) -> value``. The keys are those of the param groups, such as ``"weight_decay"``;
+            ``"betas"`` for all betas, or ``"beta1"``, ``"beta2"`` for one. A rule is applied to each group's own value, and 0
+            stays 0. Each constant is logged under its key, and the betas as ``beta1``, ``beta2``. Betas must be those of Adam
+            or AdamW, whose bias correction stays exact.
 
     Raises:
-        TypeError: A ``batch_size`` or an ``lr`` of another type; a ``JointSchedule`` and an ``lr`` beside it.
-        ValueError: ``max_device_batch_size`` is neither a number above 0 nor "auto"; an unknown ``batch_size_unit``. At the
-            start of a fit: a batch size below 1 or above the data set, a learning rate that is not above 0 and finite, a
-            schedule over a fraction of a run without an end, a run shorter than a warm-up.
+        TypeError: A ``batch_size``, an ``lr`` or a ``follow`` of another type; a ``JointSchedule`` and an ``lr`` beside it.
+        ValueError: ``max_device_batch_size`` is neither a number above 0 nor "auto"; an unknown ``batch_size_unit``; a rule for
+            the learning rate in ``follow``. At the start of a fit: a batch size below 1 or above the data set, a learning rate
+            that is not above 0 and finite, a schedule over a fraction of a run without an end, a run shorter than a warm-up, a
+            constant that a rule of ``follow`` takes out of its range.
         MisconfigurationException: At the start of a fit: a setting that cannot work; the message says what to write instead.
 
     Example:
@@ -102,6 +110,7 @@ class BatchLRScheduler(Callback):
         max_device_batch_size: int | Literal["auto"] | None = None,
         loader: str | int | None = None,
         batch_size_unit: Literal["examples", "tokens"] = "examples",
+        follow: Mapping[str, FollowingRule | FollowingFunction] | None = None,
     ) -> None:
         if batch_size_unit not in ("examples", "tokens"):
             raise ValueError(f"`batch_size_unit={batch_size_unit!r}` is not known: write 'examples' or 'tokens'")
@@ -112,6 +121,7 @@ class BatchLRScheduler(Callback):
         self.loader = loader
         self.batch_size_unit = batch_size_unit
         self.schedule = JointSchedule.of(batch_size, lr)
+        self.follow = read_follow(follow)
         self.plan: Plan | None = None
         self._fit = Fit()
         self._clock = RunClock()
@@ -120,6 +130,7 @@ class BatchLRScheduler(Callback):
         self._start = StepStart()
         self._data: DataSource | None = None
         self._rates: Rates | None = None
+        self._constants = FollowingConstants([], {}, self._fit.undo)
 
     @property
     def progress(self) -> Progress:
@@ -148,6 +159,11 @@ class BatchLRScheduler(Callback):
         return self._clock.epoch_start.samples + (self._data.handed_out if self._data else 0)
 
     @property
+    def batch_size_of_step(self) -> int:
+        """The batch size of the step under way; between steps that of the next one."""
+        return self._setting.value.batch_size
+
+    @property
     def micro_batch(self) -> MicroBatch | None:
         """The micro-batch of this process in the current backward pass; ``None`` between steps."""
         splitter = self._splitter
@@ -160,6 +176,14 @@ class BatchLRScheduler(Callback):
     def corrected(self) -> float:
         """The factor that made the gradients of the current step a mean; 0 if the step had nothing to train."""
         return self._splitter.corrected
+
+    def constants_at(self, batch_size: int) -> dict[str, float]:
+        """The constants that follow the batch size, for a batch size; empty before the first fit.
+
+        Args:
+            batch_size: Batch size of a step.
+        """
+        return self._constants.at(batch_size)
 
     def estimated_steps(self, trainer: Trainer) -> int:
         """The number of optimizer steps of the whole fit, for a scheduler made in ``configure_optimizers``.
@@ -249,6 +273,8 @@ class BatchLRScheduler(Callback):
         if isinstance(self._splitter, MemoryCeiling):
             check_ceiling(trainer, pl_module)
         check_beside_scheduler(trainer, self.schedule)
+        check_momentum(trainer, self.follow)
+        self._constants = FollowingConstants(trainer.optimizers, self.follow, self._fit.undo)
         lr = self.schedule.lr
         if lr is not None and not trainer.lr_scheduler_configs:
             self._rates = OwnRates(trainer.optimizers)
@@ -264,6 +290,8 @@ class BatchLRScheduler(Callback):
             walk_steps(trainer, lambda batch, train: splitter.step(trainer, batch, train), fit.undo)
         if fit.resumed is not None:
             fit.resumed.go_on(trainer, fit, data, self._clock, self.schedule, self._start)
+        largest = [self.schedule.largest] if self.schedule.largest else []
+        self._constants.check({stage.batch_size for stage in self.plan.stages} if self.plan else largest)
         self._look_up()
 
     # --- training
@@ -289,6 +317,7 @@ class BatchLRScheduler(Callback):
             self._start.note(trainer, splitter.split)
         if splitter.split and not splitter.has_gradient:
             trainer.optimizers[0].zero_grad()
+        self._constants.apply(self.batch_size_of_step)  # another callback may have added a param group
         if self._rates is not None:
             self._rates.note()
 
@@ -407,9 +436,13 @@ class BatchLRScheduler(Callback):
         if clock.finished or (self.plan is not None and clock.progress.step >= self.plan.steps):
             return  # a loader may have more batches than its length says: then the last rate stays
         self._setting.look_up(self.schedule, clock.progress, self._data.sizes_at())
+        self._constants.apply(self.batch_size_of_step)
         if self._rates is not None:
             self._rates.apply(self._setting.value)
 
     def _log(self, pl_module: LightningModule, on_step: bool, on_epoch: bool) -> None:
         lr = self._rates.rate if self._rates is not None else 0.0
-        self._setting.log(pl_module, lr, self._clock.progress.samples, self._fit.tokens_per_sample, on_step, on_epoch)
+        self._constants.check_kept()
+        constants = self._constants.at(self.batch_size_of_step)
+        samples, tokens = self._clock.progress.samples, self._fit.tokens_per_sample
+        self._setting.log(pl_module, lr, samples, tokens, constants, on_step, on_epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -139,15 +140,23 @@ class StepSetting:
         self.settled_until = progress.step + (1 if every_step else steps)
 
     def log(
-        self, module: LightningModule, lr: float, samples: int, tokens_per_sample: int | None, on_step: bool, on_epoch: bool
+        self,
+        module: LightningModule,
+        lr: float,
+        samples: int,
+        tokens_per_sample: int | None,
+        constants: Mapping[str, float],
+        on_step: bool,
+        on_epoch: bool,
     ) -> None:
-        """Log batch size, learning rate and samples.
+        """Log batch size, learning rate, samples, and what else follows the batch size.
 
         Args:
             module: The LightningModule.
             lr: Learning rate of the first param group.
             samples: Examples consumed so far.
             tokens_per_sample: Tokens of an example; if given, ``tokens`` is logged too.
+            constants: The constants of the optimizer that follow the batch size, by name.
             on_step: As for ``LightningModule.log``.
             on_epoch: As for ``LightningModule.log``.
         """
@@ -155,11 +164,11 @@ class StepSetting:
         values = {"batch_size": self.value.batch_size, "lr": lr, "samples": samples}
         if tokens_per_sample is not None:
             values["tokens"] = samples * tokens_per_sample
-        for name, value in values.items():
+        for name, value in {**constants, **values}.items():
             module.log(
                 name,
                 torch.tensor(value, dtype=torch.float64),  # float32 holds exact counts only up to 2**24
-                prog_bar=name not in ("samples", "tokens"),
+                prog_bar=name in ("batch_size", "lr"),
                 on_step=on_step,
                 on_epoch=on_epoch,
                 reduce_fx="max",

@@ -39,7 +39,8 @@ class OwnRates:
         optimizers: The optimizers; the first one has the first group.
 
     Raises:
-        MisconfigurationException: The learning rate of the first group is not above 0, so the others have no ratio to it.
+        MisconfigurationException: The learning rate of the first group is not above 0, so the others have no ratio to it; also
+            if a group is added while the scheduled rate is 0.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -69,7 +70,13 @@ class OwnRates:
     def _note_ratios(self) -> None:
         for optimizer, ratios in zip(self.optimizers, self._ratios):
             for group in optimizer.param_groups[len(ratios) :]:
-                ratios.append(float(group["lr"]) / float(groups_of(self.optimizers)[0]["lr"]))
+                first = float(groups_of(self.optimizers)[0]["lr"])
+                if first == 0:
+                    raise MisconfigurationException(
+                        f"a param group with lr={float(group['lr'])} was added while the scheduled learning rate is 0, so it "
+                        "has no ratio to it: add the group at another step, or write a schedule that is above 0 there"
+                    )
+                ratios.append(float(group["lr"]) / first)
 
 
 class ScaledRates:
