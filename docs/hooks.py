@@ -138,7 +138,7 @@ def folded(title: str, files: Iterable[Path]) -> str:
 
 def configuration() -> str:
     """Every group of the configuration, its choices and what they say."""
-    primary = (CONF / f"{name}.yaml" for name in ("train", "search", "surge_grid", "_run", "_grid"))
+    primary = (CONF / f"{name}.yaml" for name in ("train", "branch", "search", "surge_grid", "_run", "_grid"))
     parts = [folded("The files that the commands begin with", primary)]
     for folder in sorted({file.parent for file in CONF.rglob("*.yaml")} - {CONF}):
         group = str(folder.relative_to(CONF))

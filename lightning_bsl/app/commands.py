@@ -10,6 +10,7 @@ COMMANDS = {
     "bsl-plan": "show what a run would do, before it does it",
     "bsl-report": "compare runs: a page, figures and a CSV file",
     "bsl-search": "let Optuna choose a growing schedule",
+    "bsl-branch": "estimate how large the batch may be at a checkpoint of a run",
     "bsl-surge-grid": "train a grid of batch sizes, learning rates and seeds",
     "bsl-surge-report": "find the best learning rates of a grid: a page, figures and CSV files",
 }

@@ -12,10 +12,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from lightning_bsl.callbacks.rates import groups_of, set_lr
-from lightning_bsl.schedules import ScalingRule, Schedule
+from lightning_bsl.schedules import DecayTimescale, ScalingRule, Schedule
 from lightning_bsl.schedules.following import FollowingFunction
 
 _BASE = "initial_"  # prefix of the keys of a param group that hold its own constants, as `initial_lr` of torch's schedulers
@@ -184,6 +184,11 @@ class FollowingConstants:
                         f"`follow` has a rule for {name!r}, but in {type(optimizer).__name__} this is {value!r} and no number; "
                         "leave it out"
                     )
+                if isinstance(self.rules[name], DecayTimescale) and _couples_decay(optimizer, group):
+                    raise MisconfigurationException(
+                        f"the weight decay of {type(optimizer).__name__} is a part of the gradient that it normalises, so it "
+                        f"has no timescale to keep: write AdamW, or leave {name!r} out of `follow`"
+                    )
         if not known:
             keys = {key for group in groups_of(self.optimizers) for key, value in group.items() if _is_constant(key, value)}
             raise MisconfigurationException(
@@ -341,6 +346,13 @@ def _base(group: Mapping[str, Any], name: str) -> float:
 
 def _betas(group: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(float(beta) for beta in group.get("betas", ()))
+
+
+def _couples_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether the weight decay is added to a gradient that is normalised afterwards."""
+    if isinstance(optimizer, AdamW):
+        return False
+    return isinstance(optimizer, (Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop)) and not group.get("decoupled_weight_decay")
 
 
 def _steps_taken(optimizer: Optimizer, group: Mapping[str, Any]) -> float:

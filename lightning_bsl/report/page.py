@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_bsl.report.branches import plot_critical_batches
 from lightning_bsl.report.figures import color_of, plot_groups
 from lightning_bsl.report.markup import render
+from lightning_bsl.runs.branches import read_critical_batches
 from lightning_bsl.runs.compare import Target, compare, default_targets, unequal_budgets
 from lightning_bsl.runs.find import METRICS, Found, Group
 from lightning_bsl.runs.logs import AXES
@@ -34,6 +36,9 @@ def write_report(
     folder, wanted = Path(folder), targets or default_targets(groups)
     folder.mkdir(parents=True, exist_ok=True)
     figures = plot_groups(groups, folder)
+    critical = [(run.name, run, read_critical_batches(run.folder)) for group in groups for run in group.runs]
+    if branched := [(name, run, table) for name, run, table in critical if table is not None]:
+        figures.append(plot_critical_batches(branched, folder / "critical_batches.png"))
     numbers = compare(groups, wanted, baseline)
     numbers.to_csv(folder / "report.csv", index=False)
     first: dict[tuple[Any, ...], Any] = {}  # of those of a kind, or of a kind on an axis

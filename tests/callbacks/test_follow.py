@@ -339,6 +339,8 @@ def test_what_is_no_follow(follow: Any, error: type[Exception], message: str) ->
         (NAdam, {"betas": HALF_LIFE}, "the betas of NAdam cannot follow"),
         (torch.optim.RAdam, {"beta2": HALF_LIFE}, "the betas of RAdam cannot follow"),
         (torch.optim.Adamax, {"beta1": HALF_LIFE}, "the betas of Adamax cannot follow"),
+        (torch.optim.Adam, {"weight_decay": TIMESCALE}, "the weight decay of Adam is a part of the gradient"),
+        (torch.optim.RMSprop, {"weight_decay": TIMESCALE}, "the weight decay of RMSprop is a part of the gradient"),
         (AdamW, {"beta2": lambda value, size: value * size / 8}, r"gives 1.998 for a batch size of 16 \(own value 0.999\)"),
         (AdamW, {"beta2": lambda value, size: 0.0}, "above 0 and below 1"),
         (AdamW, {"weight_decay": lambda value, size: -value}, "0 or more"),

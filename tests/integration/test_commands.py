@@ -127,6 +127,20 @@ def surge_report(folder: Path) -> tuple[list[str], Check]:
     return ["bsl-surge-report", str(folder)], check
 
 
+def branch(folder: Path) -> tuple[list[str], Check]:
+    """From the last checkpoint of ``train``."""
+    checkpoint, options = (
+        folder.parent / "train" / "checkpoints" / "last.ckpt",
+        ["factors=[1,2]", "seeds=2", "points=2", "probe=64"],
+    )
+
+    def check(printed: str) -> None:
+        assert "512" in printed
+        assert {row["factor"] for row in csv_rows(folder / "branches.csv")} == {"1", "2"}
+
+    return ["bsl-branch", f"ckpt={checkpoint}", "window=8192", *options, f"output_dir={folder}"], check
+
+
 def application(folder: Path) -> tuple[list[str], Check]:
     """A Hydra application of somebody else, with its own model and data."""
     for file in ("main.py", "config.yaml"):
@@ -138,7 +152,7 @@ def application(folder: Path) -> tuple[list[str], Check]:
     return [f"{folder}/main.py", "+scheduler=increasing_both", "schedule_defaults.lr=0.02", f"hydra.run.dir={folder}"], check
 
 
-COMMANDS = [train, plan, multirun, report, search, surge_grid, surge_report, application]
+COMMANDS = [train, plan, multirun, report, branch, search, surge_grid, surge_report, application]
 
 
 def test_every_command_is_tried(tmp_path: Path) -> None:
@@ -150,7 +164,7 @@ def test_every_command_is_tried(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("commands", [
-    [train, plan, multirun, report, application], pytest.param([search, surge_grid, surge_report], marks=pytest.mark.slow)
+    [train, plan, multirun, report, branch, application], pytest.param([search, surge_grid, surge_report], marks=pytest.mark.slow)
 ])  # fmt: skip
 def test_one_after_another(commands: list[Callable[[Path], tuple[list[str], Check]]], installed: Path, tmp_path: Path) -> None:
     lines, checks = [], []
@@ -174,6 +188,10 @@ def test_alone(command: Callable[[Path], tuple[list[str], Check]], installed: Pa
     if command is report:
         for number, scheduler in enumerate(("constant", "increasing")):
             write_run(tmp_path / "multirun" / "sweep" / str(number), [f"scheduler={scheduler}"])
+    if command is branch:
+        (tmp_path / "train").mkdir()
+        (name, *arguments), _ = train(tmp_path / "train")
+        execute(installed / "python", installed / name, *arguments, folder=tmp_path)
     (name, *arguments), check = command(folder)
     check(execute(installed / "python", installed / name, *arguments, folder=tmp_path))
 
