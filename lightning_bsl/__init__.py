@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_bsl.callbacks import (
+        CABS,
         AdaptiveBatchLRScheduler,
         BatchEMA,
         BatchLRScheduler,
         FullGradientNorm,
         GradientNoiseScale,
         GradientNormTrigger,
-        NoiseScaleTrigger,
+        NoiseTarget,
+        NormTest,
         PlateauTrigger,
         TrainingTime,
     )
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CABS",
     "AdaptiveBatchLRScheduler",
     "BatchEMA",
     "BatchLRScheduler",
@@ -27,7 +30,8 @@ __all__ = [
     "FullGradientNorm",
     "GradientNoiseScale",
     "GradientNormTrigger",
-    "NoiseScaleTrigger",
+    "NoiseTarget",
+    "NormTest",
     "PlateauTrigger",
     "TrainingTime",
 ]

@@ -403,24 +403,30 @@ def _gaps(datamodule: LightningDataModule, epochs: int, callbacks: list[Callback
     return gaps.seconds
 
 
-# --- noise_scale: the price of GradientNoiseScale where steps are in pieces, so that it takes no passes of its own ---
+# --- noise_scale: the price of GradientNoiseScale, where steps have several pieces and where they have one ---
 
 
 def noise_scale(arguments: argparse.Namespace) -> list[Bound]:
-    """Compare steps of two micro-batches with and without the callback, at its default settings but for the passes."""
-    block, batch_size = 10, 8 if arguments.toy else 128  # one measurement in each block
-    blocks = (2 if arguments.toy else 20) * arguments.rounds
-    datamodule = _datamodule_of(FashionMNIST, _training_set(FashionMNIST, None, arguments.toy), batch_size)
-    scheduler = BatchLRScheduler(batch_size, 0.1, max_device_batch_size=batch_size // 2)
-    measuring = GradientNoiseScale(extra_every=None)
-    with_it, without = _seconds_per_block(datamodule, block, blocks, measuring, scheduler)
-    ratio = median(one / other for one, other in zip(with_it, without, strict=True))
-    print(
-        "milliseconds per training step of two micro-batches, medians; the ratio is the median of those of neighbouring blocks"
-    )
-    row = [f"FashionMNIST/{batch_size}", *(f"{1e3 * median(each) / block:.3f}" for each in (with_it, without)), f"{ratio:.4f}"]
-    print(table(["data/batch size", "with", "without", "ratio"], [row]))
-    return [Bound(f"noise_scale/FashionMNIST/{batch_size}", ratio, 1.03)]
+    """Compare steps with and without the callback, at its default settings."""
+    rows, bounds = [], []
+    for kind, batch_size, cap, block, blocks, bound in (
+        (FashionMNIST, 128, 64, 10, 20, 1.02),  # one measurement in each block
+        (Digits, 64, None, 100, 4, 1.05),  # one probe in each block
+        (Digits, 8, None, 100, 4, 1.25),
+    ):
+        if arguments.toy:
+            batch_size, cap, block, blocks = 8, cap and 4, min(block, 10), 2
+        datamodule = _datamodule_of(kind, _training_set(kind, None, arguments.toy), batch_size)
+        scheduler = BatchLRScheduler(batch_size, 0.1, max_device_batch_size=cap)
+        measuring = GradientNoiseScale(probe_every=None if cap else block)
+        with_it, without = _seconds_per_block(datamodule, block, blocks * arguments.rounds, measuring, scheduler)
+        ratio = median(one / other for one, other in zip(with_it, without, strict=True))
+        name = f"{kind.__name__}/{batch_size}{'' if cap is None else '/micro-batches'}"
+        rows.append([name, *(f"{1e3 * median(seconds) / block:.3f}" for seconds in (with_it, without)), f"{ratio:.4f}"])
+        bounds.append(Bound(f"noise_scale/{name}", ratio, bound))
+    print("milliseconds per training step, medians; the ratio is the median of those of neighbouring blocks of steps")
+    print(table(["data/batch size", "with", "without", "ratio"], rows))
+    return bounds
 
 
 # --- lengths: micro-batches cut by the lengths of documents, against those cut by number ---
@@ -806,7 +812,7 @@ def main() -> None:
 
     add("callback", callback, "training steps with BatchLRScheduler and without")
     add("switch", switch, "the pause in which the batch size changes, with two worker processes")
-    add("noise_scale", noise_scale, "training steps in micro-batches with GradientNoiseScale and without")
+    add("noise_scale", noise_scale, "training steps with GradientNoiseScale and without, in micro-batches and in one piece")
     add("lengths", lengths, "training on documents: micro-batches cut by length, over those cut by number")
     add("gradient_norm", gradient_norm, "the time of a full gradient norm")
 

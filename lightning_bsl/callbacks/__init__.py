@@ -7,17 +7,28 @@ from lightning_bsl.callbacks.full_gradient import FullGradient
 from lightning_bsl.callbacks.gradient_noise import GradientNoiseScale
 from lightning_bsl.callbacks.gradient_norm import FullGradientNorm
 from lightning_bsl.callbacks.training_time import TrainingTime
-from lightning_bsl.callbacks.triggers import GradientNormTrigger, NoiseScaleTrigger, PlateauTrigger, Trigger
+from lightning_bsl.callbacks.triggers import (
+    CABS,
+    BatchTarget,
+    GradientNormTrigger,
+    NoiseTarget,
+    NormTest,
+    PlateauTrigger,
+    Trigger,
+)
 
 __all__ = [
+    "CABS",
     "AdaptiveBatchLRScheduler",
     "BatchEMA",
     "BatchLRScheduler",
+    "BatchTarget",
     "FullGradient",
     "FullGradientNorm",
     "GradientNoiseScale",
     "GradientNormTrigger",
-    "NoiseScaleTrigger",
+    "NoiseTarget",
+    "NormTest",
     "PlateauTrigger",
     "TrainingTime",
     "Trigger",

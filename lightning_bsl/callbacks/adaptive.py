@@ -5,19 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, cast
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.loop import logged_at
-from lightning_bsl.callbacks.triggers import GradientNormTrigger, Trigger, noise_scale
+from lightning_bsl.callbacks.triggers import WITHIN, BatchTarget, GradientNormTrigger, Trigger, measured_noise, noise_scale
 from lightning_bsl.schedules import FollowingRule, JointSchedule, NoiseScaling, ScalingRule, SurgeScaling
 from lightning_bsl.schedules.following import FollowingFunction
 from lightning_bsl.schedules.measured import Segment, measured_stages
+
+
+class Proposal(NamedTuple):
+    """What to go on with after a check.
+
+    Args:
+        stage: Index of the stage.
+        batch_size: Its batch size.
+        lr: Its learning rate; ``None`` if the module sets it.
+        growth: The number m in ``batch_size = b_0 delta^m``, before rounding and limits.
+    """
+
+    stage: int
+    batch_size: int
+    lr: float | None
+    growth: float
 
 
 class StageController:
@@ -65,6 +83,7 @@ class StageController:
             raise ValueError(f"`lr={lr}` is above `max_lr={max_lr}`: lower `lr`, or raise `max_lr`")
         self.lr, self.delta, self.gamma, self.maximum, self.max_lr = lr, delta, gamma, maximum, max_lr
         self.stage, self.segments = 0, [Segment(0, batch_size, None)]
+        self._growth = 0.0  # by how many factors delta the batch size has grown; a fraction after a target
         self.measures = False  # whether a measured noise scale replaces that of the scaling rule
         self._measured: float | None = None
         self.begin(measures=False)
@@ -80,9 +99,9 @@ class StageController:
         Args:
             measures: Whether the noise scale of a scaling rule will be measured.
         """
-        self.measures, self._measured, self.stage = measures, None, 0
+        self.measures, self._measured, self.stage, self._growth = measures, None, 0, 0.0
         first = self.segments[0].batch_size
-        self.segments = [Segment(0, first, self._rate(0, first))]
+        self.segments = [Segment(0, first, self._rate(0.0, first))]
 
     def schedule(self) -> JointSchedule:
         """The stages so far, as a schedule."""
@@ -90,44 +109,57 @@ class StageController:
         rule = self.lr if isinstance(self.lr, ScalingRule) and not self.measures and self.max_lr is None else None
         return measured_stages(self.segments, self.maximum, rule)
 
-    def proposal(self, advances: bool, measured: float | None = None) -> tuple[int, int, float | None]:
-        """Stage, batch size and learning rate after a check.
+    def proposal(self, advances: bool = False, measured: float | None = None, target: int | None = None) -> Proposal:
+        """What to go on with after a check.
 
         Args:
             advances: Whether to go on to the next stage.
             measured: The measured noise scale; ``None`` to keep the last measured one.
-        """
-        self._measured = self._measured if measured is None else measured
-        advances = advances and self.batch_size < self.maximum
-        batch_size = self.batch_size
-        if advances:
-            batch_size = min(math.ceil(batch_size * self.delta * (1 - 1e-12)), self.maximum)
-        return self.stage + advances, batch_size, self._rate(self.stage + advances, batch_size)
+            target: The batch size to go on with, in place of ``advances``; above ``maximum`` it is ``maximum``. The learning
+                rate is then ``eta_0 gamma^m``, where ``target = b_0 delta^m``; m need not be whole.
 
-    def extend(self, proposal: tuple[int, int, float | None], start: int) -> None:
+        Raises:
+            ValueError: ``target`` is below 1.
+        """
+        if target is not None and target < 1:
+            raise ValueError(
+                f"the trigger returned {target}, but a batch size must be 1 or more: return True or False to go on to the next "
+                "stage or to stay, and None to decide nothing"
+            )
+        self._measured = self._measured if measured is None else measured
+        batch_size, growth = self.batch_size, self._growth
+        if target is not None and min(target, self.maximum) != batch_size:
+            batch_size = min(target, self.maximum)
+            growth = math.log(batch_size / self.segments[0].batch_size) / math.log(self.delta)
+        elif target is None and advances and batch_size < self.maximum:
+            batch_size, growth = min(math.ceil(batch_size * self.delta * (1 - 1e-12)), self.maximum), growth + 1
+        return Proposal(self.stage + (batch_size != self.batch_size), batch_size, self._rate(growth, batch_size), growth)
+
+    def extend(self, proposal: Proposal, start: int) -> None:
         """Follow a proposal.
 
         Args:
             proposal: A value that ``proposal`` returned.
             start: The samples from which it holds.
         """
-        self.stage, batch_size, lr = proposal
+        self.stage, batch_size, lr, self._growth = proposal
         self.segments = [segment for segment in self.segments if segment.start < start] + [Segment(start, batch_size, lr)]
 
     def state_dict(self) -> dict[str, Any]:
         """The stages so far."""
-        return {"stage": self.stage, "segments": [list(segment) for segment in self.segments], "measured": self._measured}
+        segments = [list(segment) for segment in self.segments]
+        return {"stage": self.stage, "segments": segments, "measured": self._measured, "growth": self._growth}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the stages."""
-        self.stage, self._measured = state["stage"], state["measured"]
+        self.stage, self._measured, self._growth = state["stage"], state["measured"], state["growth"]
         self.segments = [Segment(*segment) for segment in state["segments"]]
 
-    def _rate(self, stage: int, batch_size: int) -> float | None:
+    def _rate(self, growth: float, batch_size: int) -> float | None:
         if self.lr is None:
             return None
         if not isinstance(self.lr, ScalingRule):
-            return min(self.lr * self.gamma**stage, self.max_lr or math.inf)
+            return min(float(self.lr * self.gamma**growth), self.max_lr or math.inf)
         rule = self.lr if self._measured is None else replace(cast(SurgeScaling, self.lr), noise_batch_size=self._measured)
         return min(rule(batch_size), self.max_lr or math.inf)
 
@@ -136,9 +168,10 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
     """Grows the batch size and the learning rate when a measurement says so (Umeda & Iiduka 2025, arXiv 2508.05302).
 
     Every ``check_every`` optimizer steps the trigger decides whether to go on to the next stage. If so, the batch size is
-    multiplied by ``delta`` and the learning rate by ``gamma``, inside the epoch, from the first example that the loader's
-    workers have not fetched yet. Both change at the same example. Every example still comes exactly once per epoch, and a
-    resumed run goes on bit for bit.
+    multiplied by ``delta`` and the learning rate by ``gamma``. A trigger may return a batch size instead; with ``b = b_0
+    delta^m`` the learning rate is then ``eta_0 gamma^m``. The change comes inside the epoch, from the first example that
+    the loader's workers have not fetched yet. Both change at the same example. Every example still comes exactly once per
+    epoch, and a resumed run goes on bit for bit.
 
     It logs what [`BatchLRScheduler`][lightning_bsl.BatchLRScheduler] logs, and at each new stage ``stage``, ``batch_size``,
     ``lr`` and ``samples``. A scheduler that measures has no plan before the run.
@@ -146,8 +179,9 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
     Args:
         batch_size: The first batch size, b_0.
         lr: The first learning rate, multiplied by ``gamma`` from stage to stage; or a scaling rule; or ``None`` to leave the
-            learning rates to the module. If ``GradientNoiseScale`` is among the callbacks, its value replaces the noise scale
-            of ``SurgeScaling`` and ``NoiseScaling`` at each check. So the learning rate of Adam follows the surge law (Li et
+            learning rates to the module. If ``GradientNoiseScale`` is among the callbacks, or if the trigger measures the noise
+            scale, the value replaces that of ``SurgeScaling`` and ``NoiseScaling`` at each check at which its 95% interval is
+            within a factor of 2. So the learning rate of Adam follows the surge law (Li et
             al. 2024, arXiv 2405.14578) while the batch grows.
         trigger: Decides when to go on to the next stage; by default ``GradientNormTrigger()``, as in the paper.
         delta: Growth of the batch size per stage.
@@ -219,7 +253,8 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
                     f"`limit_train_batches={limit}` counts batches, but their number is not known before training; write "
                     "`BatchSizeDataModule(samples_per_epoch=...)` or `Trainer(max_steps=...)`"
                 )
-            measures = isinstance(self.controller.lr, (SurgeScaling, NoiseScaling)) and noise_scale(trainer) is not None
+            measured = noise_scale(trainer) is not None or isinstance(self.trigger, BatchTarget)
+            measures = measured and isinstance(self.controller.lr, (SurgeScaling, NoiseScaling))
             self.controller.measures = measures
             if trainer.global_step == 0:
                 self.controller.begin(measures)
@@ -282,16 +317,34 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
             logger.log_metrics(values, step=logged_at(trainer))
 
     def _check(self, trainer: Trainer) -> None:
-        advances = trainer.strategy.reduce_boolean_decision(bool(self.trigger(trainer, self)))
-        noise = noise_scale(trainer) if self.controller.measures else None
-        stage, batch_size, lr = self.controller.proposal(advances, noise.noise_scale if noise is not None else None)
-        lr = trainer.strategy.broadcast(lr)
-        if (batch_size, lr) == self.segments[-1][1:]:
+        advances, target = self._agreed(trainer, self.trigger(trainer, self))
+        noise = measured_noise(trainer, self.trigger) if self.controller.measures else None
+        measured = noise.value if noise is not None and noise.within(WITHIN) else None
+        proposal = self.controller.proposal(advances, measured, target)
+        proposal = proposal._replace(lr=trainer.strategy.broadcast(proposal.lr))
+        if proposal[1:3] == self.segments[-1][1:]:
             return
         start, before = trainer.strategy.broadcast(self.handed_out), self.stage
-        self.controller.extend((stage, batch_size, lr), start)
+        self.controller.extend(proposal, start)
         self.reschedule(trainer, self.controller.schedule())
+        stage, batch_size, lr, _ = proposal
         if stage > before:
             values: dict[str, float] = {"stage": stage, "batch_size": batch_size}
             self.write(trainer, values | ({} if lr is None else {"lr": lr}))
             rank_zero_info(f"stage {stage} from sample {start}: batch size {batch_size}, learning rate {lr}")
+
+    def _agreed(self, trainer: Trainer, answer: Any) -> tuple[bool, int | None]:
+        """What all processes do: whether to go on to the next stage, and the batch size that the trigger asks for."""
+        if isinstance(answer, Tensor):
+            answer = answer.item()
+        if isinstance(answer, float):
+            raise TypeError(
+                f"the trigger returned {answer!r}: return a batch size as an int, or True or False to go on to the next stage "
+                "or to stay, or None to decide nothing"
+            )
+        number = int(answer) if isinstance(answer, Integral) and not isinstance(answer, bool) else None
+        # the first process says which kind of answer counts, so that all of them take the same way
+        is_number, target = trainer.strategy.broadcast((number is not None, number))
+        if is_number:
+            return False, target
+        return bool(trainer.strategy.reduce_boolean_decision(number is None and bool(answer))), None

@@ -45,6 +45,101 @@ class FullGradient(NamedTuple):
     loss: float
 
 
+class TrainingExamples:
+    """The examples of the training loader, for a measurement that reads them with a loader of its own.
+
+    Args:
+        trainer: The Trainer, from ``on_train_start`` on.
+        seed: Seed of the random numbers that a sampler draws.
+        whole: Whether the module has a loss of its own for the measurement, which takes a batch of the loader alone.
+
+    Attributes:
+        obstacle: The reason why the examples cannot be read; ``None`` if they can.
+        unreadable: Whether the reason is the loader itself, not its place among others.
+    """
+
+    def __init__(self, trainer: Trainer, seed: int = 0, whole: bool = False) -> None:
+        self.seed = seed
+        self._trainer = trainer
+        combined = as_combined(trainer.train_dataloader)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        schedulers = (callback for callback in callbacks if isinstance(callback, BatchLRScheduler))
+        scheduled = next((scheduler.training_loader for scheduler in schedulers), None)
+        flat = [getattr(loader, "original", loader) for loader in combined.flattened]  # a CountingLoader wraps the original
+        self._loader: Any = scheduled if scheduled is not None else flat[0] if flat else None
+        in_collection = combined.iterables is not combined.flattened[0] if flat else False
+        self._names: Any = combined.iterables if in_collection and not whole else None
+        values = self._names.values() if isinstance(self._names, Mapping) else self._names or ()
+        nested = self._names is not None and [id(item) for item in values] != [id(item) for item in combined.flattened]
+        loader, self.obstacle, self.unreadable = self._loader, None, False
+        if len(flat) != 1 and not whole:
+            self.obstacle = f"there are {len(flat)} training loaders, so the mean loss over the training set is not defined"
+        elif nested:
+            self.obstacle = "the training loader is in a collection inside a collection"
+        elif not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+            self.unreadable = True
+            self.obstacle = (
+                "it needs a training DataLoader over a data set that has a length (`__len__` and `__getitem__`), and which "
+                "makes batches of examples (`batch_size` is not None)"
+            )
+
+    def loader(self, batches: Sequence[Sequence[Any]], generator: torch.Generator, persistent: bool = False) -> DataLoader[Any]:
+        """A loader of these batches of examples, otherwise like the training loader.
+
+        Args:
+            batches: The indices of each batch.
+            generator: Seeds the workers.
+            persistent: Whether the workers stay between two passes.
+        """
+        loader = self._loader
+        if getattr(loader.dataset, "takes_tensors", False):
+            batches = [torch.tensor(batch) for batch in batches]  # type: ignore[misc]
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=cast(Any, batches),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            persistent_workers=persistent and loader.num_workers > 0,
+            pin_memory=loader.pin_memory,
+            generator=generator,
+        )
+
+    def named(self, batch: Any) -> Any:
+        """The batch in the collection that ``training_step`` expects."""
+        if self._names is None:
+            return batch
+        return dict.fromkeys(self._names, batch) if isinstance(self._names, Mapping) else type(self._names)([batch])
+
+    def indices(self, distinct: bool = True) -> Sequence[Any]:
+        """The examples that the loader trains on.
+
+        Args:
+            distinct: Whether each counts once. Else as often as the sampler gives it in its first epoch.
+        """
+        trainer, loader = self._trainer, self._loader
+        batches: Any = loader.batch_sampler
+        if type(batches) is BatchSampler or isinstance(batches, GlobalBatchSampler):
+            order = order_of(loader, self.seed, world_size=data_parallel(trainer)[1])
+            if isinstance(order, Permutation):
+                return range(order.num_examples)
+        # iterate over a copy: the user's sampler may count its iterations
+        planned = cast(SamplerOrder, batches.order) if isinstance(batches, GlobalBatchSampler) else None
+        sampler = batches.sampler if type(batches) is BatchSampler else batches
+        sampler = copy.deepcopy(sampler if planned is None else planned.sampler, {id(loader.dataset): loader.dataset})
+        indices: list[Any] = SamplerOrder(sampler, self.seed if planned is None else planned.seed)(0)
+        if planned is None:
+            if type(batches) is not BatchSampler:
+                indices = [index for batch in indices for index in batch]
+            if data_parallel(trainer)[1] > 1:  # the sampler of a process gives only its own part
+                parts: list[Any] = [None] * trainer.world_size
+                torch.distributed.all_gather_object(parts, indices)
+                indices = [index for part in parts for index in part]
+        if not distinct:
+            return indices
+        indices = list(dict.fromkeys(indices))
+        return sorted(indices) if all(isinstance(index, int) for index in indices) else indices
+
+
 class FullGradientMeasurer:
     """Measures the gradient of the mean loss over the examples of a training loader.
 
@@ -67,7 +162,7 @@ class FullGradientMeasurer:
         self.subset, self.batch_size, self.seed = subset, batch_size, seed
         self.loader: DataLoader[Any] | None = None
         self._fitting = batch_size  # number of examples that fit in memory at once
-        self._names: Any = None  # the collection that holds the loader, if there is one
+        self._examples: TrainingExamples | None = None
 
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fits that cannot be measured, as far as ``on_fit_start`` can see them.
@@ -91,27 +186,29 @@ class FullGradientMeasurer:
         """
         self.refuse(trainer, pl_module)
         own = hasattr(pl_module, "full_loss")
-        combined = as_combined(trainer.train_dataloader)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        schedulers = (callback for callback in callbacks if isinstance(callback, BatchLRScheduler))
-        scheduled = next((scheduler.training_loader for scheduler in schedulers), None)
-        if len(combined.flattened) != 1 and not own:
-            raise MisconfigurationException(
-                f"there are {len(combined.flattened)} training loaders, so the mean loss over the training set is not defined: "
-                f"give {type(pl_module).__name__} a method `full_loss(batch)`, which gets batches of the scheduled loader (or "
-                "of the first one, without BatchLRScheduler)"
-            )
-        flat = [getattr(loader, "original", loader) for loader in combined.flattened]  # a CountingLoader wraps the original
-        loader = scheduled if scheduled is not None else flat[0] if flat else None
-        in_collection = combined.iterables is not combined.flattened[0] if flat else False
-        self._names = combined.iterables if in_collection and not own else None
-        values = self._names.values() if isinstance(self._names, Mapping) else self._names or ()
-        if self._names is not None and [id(item) for item in values] != [id(item) for item in combined.flattened]:
-            raise MisconfigurationException(
-                f"the training loader is in a collection inside a collection: give {type(pl_module).__name__} a method "
-                "`full_loss(batch)` that returns the mean loss"
-            )
-        self.loader = self._make_loader(trainer, loader)
+        examples = self._examples = TrainingExamples(trainer, self.seed, whole=own)
+        if examples.obstacle is not None:
+            remedy = "give such a loader, or leave it out"
+            if not examples.unreadable:
+                remedy = (
+                    f"give {type(pl_module).__name__} a method `full_loss(batch)` that returns the mean loss; its batches are "
+                    "those of the scheduled loader (or of the first one, without BatchLRScheduler)"
+                )
+            raise MisconfigurationException(f"FullGradientNorm cannot measure the full gradient: {examples.obstacle}; {remedy}")
+        indices = examples.indices()
+        if self.subset is not None:
+            number = len(indices)
+            if self.subset > number:
+                raise ValueError(
+                    f"`subset={self.subset}` is more than the {number} training examples: write {number} or less, or leave "
+                    "it out"
+                )
+            chosen = torch.randperm(number, generator=epoch_generator(self.seed, 0, stream=2))[: self.subset]
+            indices = [indices[i] for i in chosen.sort().values.tolist()]
+        share = indices[share_of(len(indices), *data_parallel(trainer))]
+        batches = [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
+        # its own generator: a new iterator must not draw from the global one
+        self.loader = examples.loader(batches, torch.Generator(), persistent=True)
 
     def end(self) -> None:
         """End the loader's workers: left to the garbage collector, each of them takes five seconds."""
@@ -175,70 +272,11 @@ class FullGradientMeasurer:
 
     def _batches(self, trainer: Trainer) -> Iterator[tuple[Any, int]]:
         """This process's batches, on its device, each with its number of examples."""
-        assert self.loader is not None
+        assert self.loader is not None and self._examples is not None
         silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
         sampler = cast("list[list[int]]", self.loader.batch_sampler)
         for batch, indices in zip(tqdm(self.loader, "full gradient", len(sampler), leave=False, disable=silent), sampler):
-            yield to_device(trainer, self._named(batch)), len(indices)
-
-    def _named(self, batch: Any) -> Any:
-        """The batch in the collection that ``training_step`` expects."""
-        if self._names is None:
-            return batch
-        return dict.fromkeys(self._names, batch) if isinstance(self._names, Mapping) else type(self._names)([batch])
-
-    def _make_loader(self, trainer: Trainer, loader: Any) -> DataLoader[Any]:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-            raise MisconfigurationException(
-                "FullGradientNorm needs a training DataLoader over a data set that has a length (`__len__` and `__getitem__`), "
-                "and which makes batches of examples (`batch_size` is not None): give such a loader, or leave it out"
-            )
-        indices: Any = self._examples(trainer, loader)
-        number = len(indices)
-        if self.subset is not None:
-            if self.subset > number:
-                raise ValueError(
-                    f"`subset={self.subset}` is more than the {number} training examples: write {number} or less, or leave "
-                    "it out"
-                )
-            chosen = torch.randperm(number, generator=epoch_generator(self.seed, 0, stream=2))[: self.subset]
-            indices = [indices[i] for i in chosen.sort().values.tolist()]
-            number = self.subset
-        share = indices[share_of(number, *data_parallel(trainer))]
-        batches = [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
-        if getattr(loader.dataset, "takes_tensors", False):
-            batches = [torch.tensor(batch) for batch in batches]
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=batches,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            persistent_workers=loader.num_workers > 0,
-            pin_memory=loader.pin_memory,
-            generator=torch.Generator(),  # its own generator: a new iterator must not draw from the global one
-        )
-
-    def _examples(self, trainer: Trainer, loader: DataLoader[Any]) -> list[Any]:
-        """Each distinct example that the loader trains on."""
-        batches: Any = loader.batch_sampler
-        if type(batches) is BatchSampler or isinstance(batches, GlobalBatchSampler):
-            order = order_of(loader, self.seed, world_size=data_parallel(trainer)[1])
-            if isinstance(order, Permutation):
-                return list(range(order.num_examples))
-        # iterate over a copy: the user's sampler may count its iterations
-        planned = cast(SamplerOrder, batches.order) if isinstance(batches, GlobalBatchSampler) else None
-        sampler = batches.sampler if type(batches) is BatchSampler else batches
-        sampler = copy.deepcopy(sampler if planned is None else planned.sampler, {id(loader.dataset): loader.dataset})
-        indices: list[Any] = SamplerOrder(sampler, self.seed if planned is None else planned.seed)(0)
-        if planned is None:
-            if type(batches) is not BatchSampler:
-                indices = [index for batch in indices for index in batch]
-            if data_parallel(trainer)[1] > 1:  # the sampler of a process gives only its own part
-                parts: list[Any] = [None] * trainer.world_size
-                torch.distributed.all_gather_object(parts, indices)
-                indices = [index for part in parts for index in part]
-        distinct = list(dict.fromkeys(indices))
-        return sorted(distinct) if all(isinstance(index, int) for index in distinct) else distinct
+            yield to_device(trainer, self._examples.named(batch)), len(indices)
 
 
 @contextmanager

@@ -1,30 +1,28 @@
-"""A callback that measures the gradient noise scale, mostly from gradients that training computes anyway."""
+"""A callback that measures the gradient noise scale."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.compatibility import refuse_sharded
-from lightning_bsl.callbacks.full_gradient import training_loss, undisturbed
 from lightning_bsl.callbacks.loaders import batch_counts
 from lightning_bsl.callbacks.loop import logged_at, writes_step
 from lightning_bsl.callbacks.loss_terms import has_loss_terms, terms_or_examples
-from lightning_bsl.callbacks.micro_batches import MicroBatch, cut, is_out_of_memory
-from lightning_bsl.theory.noise_scale import MovingAverage, NoiseEstimate, Pieces, estimate_noise
+from lightning_bsl.callbacks.micro_batches import MicroBatch
+from lightning_bsl.callbacks.noise_probe import LEAST_EXAMPLES, NoiseProbe, logged_values, loss_scale, trained_parameters
+from lightning_bsl.data.sampler import Cut
+from lightning_bsl.theory.noise_scale import NoiseEstimate, NoiseScale, Pieces, noise_interval
 
 
 class _StepGradients:
@@ -34,6 +32,7 @@ class _StepGradients:
         hooks: The hooks on the parameters, while a step is measured.
         batch: The batch of the current piece.
         batch_idx: Index of this batch in the epoch.
+        number: The number of steps before this one.
         norms: Norms of the parameters' gradients in the current backward pass.
         pieces: The pieces so far, each with the norms of its gradients.
     """
@@ -42,6 +41,7 @@ class _StepGradients:
         self.hooks: list[RemovableHandle] = []
         self.batch: Any = None
         self.batch_idx = 0
+        self.number = 0
         self.norms: list[Tensor] = []
         self.pieces: list[tuple[MicroBatch, Tensor]] = []
 
@@ -63,37 +63,48 @@ class _StepGradients:
 
 
 class GradientNoiseScale(Callback):
-    """Measures the gradient noise scale ``B_simple = tr(Sigma) / |G|^2``. Gradients of much smaller batches are mostly noise.
+    """Measures the gradient noise scale ``N = tr(Sigma) / |G|^2``. Gradients of much smaller batches are mostly noise.
 
-    G is the mean gradient over the examples, and Sigma the covariance of the gradients of single examples (McCandlish et al.
-    2018, *An Empirical Model of Large-Batch Training*, arXiv 1812.06162). Both follow from the gradient norms at two batch
-    sizes. If a step has several micro-batches or processes, the two batch sizes are those of the pieces and of the whole step,
-    and only norms must be computed. If not, the gradient over half of the batch is computed too. This costs half a step, so by
-    default it is done at every 50th step, which takes 1% more time. It uses training mode, and ``training_step`` logs nothing
-    during it. Training itself goes on bit for bit as without measurements.
+    G is the mean gradient over the training examples, and Sigma the covariance of the gradients of single examples (McCandlish
+    et al. 2018, *An Empirical Model of Large-Batch Training*, arXiv 1812.06162). Both follow from the gradient norms at two
+    batch sizes.
 
-    The callback measures the gradient of ``training_step``, before clipping. Batch sizes count examples. With ``per="terms"``
-    they count the terms that the LightningModule's ``loss_terms(batch)`` returns, such as tokens; Sigma is then the covariance
-    of the gradients of single terms. ``per="examples"`` assumes that the gradient of n examples has the covariance Sigma/n,
-    which is right for pieces of one example and for examples with equal numbers of terms. With BatchNorm each piece is
-    normalised by its own examples, and the noise scale includes the effect.
+    **Steps of several micro-batches or processes.** The two batch sizes are those of the pieces and of the whole step, and only
+    norms must be computed. The measurements of the last ``window`` steps are averaged.
 
-    The callback logs the moving averages ``gradient_noise_scale``, ``gradient_sq_norm`` and ``gradient_variance``, every
-    ``log_every_n_steps`` of the Trainer and at the end of an epoch. The first is NaN while an average is not above 0: the
-    estimates of a single step scatter around the true values, and may be below 0.
+    **Steps of one piece.** At every ``probe_every``-th step, and the first time after half as many, the gradients of other
+    training examples are computed: of 144 random ones or of two batches, whichever is more, in 12 pieces. A probe takes the
+    place of the one before. It costs a few steps, uses training mode, and ``training_step`` logs nothing during it. It
+    needs memory for 12 gradients. It needs a training loader that a measurement can read again; with another one there is a
+    warning, and only steps of several pieces are measured.
+
+    Training itself goes on bit for bit as without measurements. The callback measures the gradient of ``training_step``, before
+    clipping. Batch sizes count examples. With ``per="terms"`` they count the terms that the LightningModule's
+    ``loss_terms(batch)`` returns, such as tokens; Sigma is then the covariance of the gradients of single terms.
+    ``per="examples"`` assumes that the gradient of n examples has the covariance Sigma/n, which is right for pieces of one
+    example and for examples with equal numbers of terms. With BatchNorm each piece is normalised by its own examples, and the
+    noise scale includes the effect.
+
+    The callback logs ``gradient_noise_scale``, its 95% interval ``gradient_noise_scale_low`` and
+    ``gradient_noise_scale_high``, ``gradient_sq_norm`` and ``gradient_variance``, every ``log_every_n_steps`` of the
+    Trainer and at the end of an epoch, from the first measurement on. An estimate of ``|G|^2`` may be 0 or below by chance,
+    mostly where N is above the number of examples that were measured. Then ``gradient_noise_scale`` is ``tr(Sigma)`` over
+    the upper end of the interval of ``|G|^2`` about 0: it says that N is probably larger, and is never NaN. The upper end
+    is infinite while ``|G|^2`` cannot be told from 0. The interval says how well the measured gradients determine N. It
+    does not say how much N has changed since the measurement.
 
     Args:
-        every: Steps between two measurements of steps with several pieces.
-        extra_every: Steps between two computations of the gradient over half a batch, in steps of one piece; ``None`` for no
-            such computations.
-        smoothing: Weight of the past in the moving averages, between 0 and 1.
+        every: Steps between two measurements of steps of several pieces.
+        probe_every: Steps between two probes, in steps of one piece; ``None`` for no probes.
+        probe_size: Least number of examples of a probe.
+        window: Number of steps whose measurements are averaged, in steps of several pieces. N is about that of half as many
+            steps ago.
         per: What batch sizes count: ``"examples"`` or ``"terms"``.
 
     Raises:
-        ValueError: ``every`` or ``extra_every`` below 1, ``smoothing`` not between 0 and 1, an unknown ``per``.
+        ValueError: ``every``, ``probe_every`` or ``window`` below 1, ``probe_size`` below 6, an unknown ``per``.
         MisconfigurationException: At the start of a fit: sharded parameters, manual optimization, ``per="terms"`` without a
-            method ``loss_terms``, or a loader whose batches have an unknown number of examples. While training: a batch that
-            cannot be halved.
+            method ``loss_terms``, or a loader whose batches have an unknown number of examples.
 
     Example:
         >>> trainer = Trainer(max_epochs=9, callbacks=[GradientNoiseScale()], logger=False, enable_checkpointing=False)
@@ -102,51 +113,63 @@ class GradientNoiseScale(Callback):
     def __init__(
         self,
         every: int = 10,
-        extra_every: int | None = 50,
-        smoothing: float = 0.95,
+        probe_every: int | None = 100,
+        probe_size: int = LEAST_EXAMPLES,
+        window: int = 100,
         per: Literal["examples", "terms"] = "examples",
     ) -> None:
-        for name, value in (("every", every), ("extra_every", extra_every)):
+        for name, value in (("every", every), ("probe_every", probe_every), ("window", window)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be 1 or more")
-        if not 0 < smoothing < 1:
-            raise ValueError(f"`smoothing={smoothing}` must lie between 0 and 1: write the weight of the past, such as 0.95")
         if per not in ("examples", "terms"):
             raise ValueError(f"unknown `per={per!r}`; write 'examples' or 'terms'")
         self.every = every
-        self.extra_every = extra_every
+        self.probe_every = probe_every
+        self.window = window
         self.per = per
-        self.smoothing = smoothing
-        self._sq_norm, self._variance = MovingAverage(smoothing), MovingAverage(smoothing)
-        self._fitting = True  # False in validation and test, where checkpoints must not change the averages
+        self.probe = NoiseProbe(probe_size, per)
+        self._measurements: list[tuple[int, NoiseEstimate]] = []  # the step of each, and its values
+        self._measured: NoiseScale | None = None
+        self._fitting = True  # False in validation and test, where checkpoints must not change the measurements
         self._step = _StepGradients()
         self._stepped = False
         self._left_out = -1  # a step that is not measured, since its gradients add to those of the step before
         self._counts: Callable[[int], int] | None = None  # batch index -> examples, in a fit without BatchLRScheduler
 
     @property
-    def gradient_sq_norm(self) -> float | None:
-        """The moving average of ``|G|^2``; ``None`` before the first measurement."""
-        return self._sq_norm.value
-
-    @property
-    def gradient_variance(self) -> float | None:
-        """The moving average of ``tr(Sigma)``; ``None`` before the first measurement."""
-        return self._variance.value
+    def measured(self) -> NoiseScale | None:
+        """All that is known of the noise scale now; ``None`` before the first measurement."""
+        if self._measured is None and self._measurements:
+            self._measured = noise_interval([estimate for _, estimate in self._measurements])
+        return self._measured
 
     @property
     def noise_scale(self) -> float | None:
-        """The ratio of the two averages, in examples or in terms; ``None`` while they are not both above 0."""
-        variance, sq_norm = self.gradient_variance or 0.0, self.gradient_sq_norm or 0.0
-        return variance / sq_norm if variance > 0 and sq_norm > 0 and variance / sq_norm < math.inf else None
+        """The noise scale, in examples or in terms; ``None`` before the first measurement."""
+        return None if self.measured is None else self.measured.value
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the noise scale; ``None`` before the first measurement."""
+        return None if self.measured is None else (self.measured.low, self.measured.high)
+
+    @property
+    def gradient_sq_norm(self) -> float | None:
+        """The estimate of ``|G|^2``; ``None`` before the first measurement."""
+        return None if self.measured is None else self.measured.sq_norm
+
+    @property
+    def gradient_variance(self) -> float | None:
+        """The estimate of ``tr(Sigma)``; ``None`` before the first measurement."""
+        return None if self.measured is None else self.measured.variance
 
     # --- start and end of a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the averages if a new run begins."""
+        """Forget the measurements if a new run begins."""
         self._fitting = stage == "fit"
         if self._fitting and trainer.global_step == 0:
-            self._sq_norm, self._variance = MovingAverage(self.smoothing), MovingAverage(self.smoothing)
+            self._measurements, self._measured = [], None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fits that cannot be measured."""
@@ -162,27 +185,34 @@ class GradientNoiseScale(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out how to count the examples of a batch."""
+        """Find out how to count the examples of a batch, and prepare the probes."""
         self._counts = None if _scheduler(trainer) is not None else batch_counts(trainer)
+        if self.probe_every is not None and trainer.world_size == 1:
+            obstacle = self.probe.begin(trainer, pl_module)
+            if obstacle is not None and trainer.accumulate_grad_batches == 1:
+                rank_zero_warn(
+                    f"GradientNoiseScale measures only steps of several micro-batches, since it cannot read the training "
+                    f"examples again: {obstacle}. Write `probe_every=None` if this is meant, or give such a loader"
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, as plain floats."""
-        averages = {"sq_norm": self._sq_norm, "variance": self._variance}
-        return {name: {"total": average.total, "weight": average.weight} for name, average in averages.items()}
+        """The measurements that count, as plain numbers."""
+        return {"measurements": [[step, *estimate] for step, estimate in self._measurements]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the averages."""
+        """Restore the measurements."""
         if self._fitting:
-            for name, average in (("sq_norm", self._sq_norm), ("variance", self._variance)):
-                average.total, average.weight = state_dict[name]["total"], state_dict[name]["weight"]
+            self._measured = None
+            self._measurements = [(step, NoiseEstimate(*values)) for step, *values in state_dict["measurements"]]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks from the parameters."""
-        self._step.forget()
+        """Remove the hooks from the parameters: after an exception Lightning does not call ``teardown``."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks from the parameters."""
+        """Remove the hooks from the parameters, and end the probes."""
         self._step.forget()
+        self.probe.end()
 
     # --- training
 
@@ -192,10 +222,11 @@ class GradientNoiseScale(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start to record gradient norms, if this step is to be measured."""
-        if not self._step.hooks and (self._is_due(trainer, self.every) or self._is_due(trainer, self.extra_every)):
-            self._step.watch(_parameters(trainer.optimizers[0]))
+        # a step that cannot have several pieces is not watched without need, since that takes time
+        if not self._step.hooks and ((self._is_due(trainer) and _may_split(trainer)) or self._probe_is_due(trainer)):
+            self._step.watch(trained_parameters(trainer.optimizers[0]))
         if self._step.hooks:
-            self._step.batch, self._step.batch_idx = batch, batch_idx
+            self._step.batch, self._step.batch_idx, self._step.number = batch, batch_idx, logged_at(trainer)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the pieces so far: they are of an attempt that ran out of memory."""
@@ -219,7 +250,7 @@ class GradientNoiseScale(Callback):
         if not step.hooks:
             return
         step.stop()
-        scale = _loss_scale(trainer)
+        scale = loss_scale(trainer)
         pieces = Pieces()
         for piece, norms in step.pieces:
             weight = piece.weight
@@ -228,7 +259,7 @@ class GradientNoiseScale(Callback):
                 weight = piece.terms * last.weight / last.terms
             sq_norm = _sq_sum([norms]) / (piece.weight * scale) ** 2
             pieces = pieces.plus(self._size(piece), weight / trainer.world_size, sq_norm)
-        gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained_parameters(optimizer) if parameter.grad is not None]
         sq_norm = _sq_sum(map(_norm, gradients))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             sq_norm /= scale**2  # such an optimizer removes the loss scale only when it steps
@@ -240,16 +271,19 @@ class GradientNoiseScale(Callback):
             *values, sq_norm = sums.tolist()
             pieces = Pieces(*values)
         if pieces.number > 1:
-            if self._is_due(trainer, self.every):
+            if self._is_due(trainer):
                 self._record(pieces.estimate(sq_norm))
-        elif pieces.number == 1 and trainer.world_size == 1 and self._is_due(trainer, self.extra_every):
-            self._measure_half(trainer, pl_module, step.pieces[0][0], sq_norm / pieces.weight**2)
+        elif pieces.number == 1 and self.probe.ready and self._probe_is_due(trainer):
+            examples = step.pieces[0][0].examples
+            values = self.probe.measure(trainer, pl_module, step.number, examples, step.batch_idx)
+            if values:
+                self._measurements, self._measured = [(step.number, value) for value in values], None
         step.forget()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the averages."""
+        """Log the measurements."""
         if batch is None and _scheduler(trainer) is None:  # Lightning does not clear the gradients at a batch that is None
             self._step.forget()
             self._left_out = logged_at(trainer)
@@ -258,15 +292,21 @@ class GradientNoiseScale(Callback):
         self._stepped = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the averages together with the epoch's metrics."""
+        """Log the measurements together with the epoch's metrics."""
         self._log(pl_module, on_step=False, on_epoch=True, sync_dist=True)
 
     # --- parts
 
-    def _is_due(self, trainer: Trainer, every: int | None) -> bool:
-        """Whether the current step is one to measure; it is counted like ``log_every_n_steps``, so logged values are new."""
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether the current step is measured if it has several pieces."""
+        # counted like `log_every_n_steps`, so logged values are new
         steps = logged_at(trainer)
-        return every is not None and (steps + 1) % every == 0 and steps != self._left_out
+        return (steps + 1) % self.every == 0 and steps != self._left_out
+
+    def _probe_is_due(self, trainer: Trainer) -> bool:
+        """Whether there is a probe if the current step has one piece."""
+        steps, every = logged_at(trainer) + 1, self.probe_every
+        return every is not None and (steps % every == 0 or steps == every // 2) and steps - 1 != self._left_out
 
     def _size(self, piece: MicroBatch) -> float:
         return piece.terms if self.per == "terms" else piece.examples
@@ -281,65 +321,15 @@ class GradientNoiseScale(Callback):
         terms = terms_or_examples(module, step.batch, examples)
         return MicroBatch(examples, 1 / trainer.accumulate_grad_batches, terms)
 
-    def _measure_half(self, trainer: Trainer, module: LightningModule, piece: MicroBatch, sq_norm: float) -> None:
-        """Compute the gradient over half of the batch, and compare its norm with that of the whole batch."""
-        step, examples = self._step, piece.examples
-        half = examples // 2
-        if half < (2 if any(isinstance(layer, _BatchNorm) for layer in module.modules()) else 1):
-            return
-        try:
-            part = cut(step.batch, 0, half, examples)
-        except MisconfigurationException as error:
-            raise MisconfigurationException(
-                "GradientNoiseScale cannot halve the batch: not all of its tensors and lists have its "
-                f"{examples} examples as first dimension. Write `extra_every=None`, and train in micro-batches or in several "
-                "processes; or leave the callback out"
-            ) from error
-        half_piece = MicroBatch(half, 1.0, terms_or_examples(module, part, half))
-        if not 0 < half_piece.terms < piece.terms:
-            return  # one of the halves has no terms
-        try:
-            half_sq_norm = self._half_sq_norm(trainer, module, part)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            half_sq_norm = None
-            rank_zero_warn(
-                "out of memory: GradientNoiseScale leaves out a measurement; with `extra_every=None` it computes no gradients "
-                "of its own"
-            )
-        if half_sq_norm is None:
-            garbage_collection_cuda()
-        else:
-            self._record(estimate_noise(half_sq_norm, self._size(half_piece), sq_norm, self._size(piece)))
-
-    def _half_sq_norm(self, trainer: Trainer, module: LightningModule, part: Any) -> float | None:
-        parameters, scale = _parameters(trainer.optimizers[0]), _loss_scale(trainer)
-        # run a compiled model uncompiled: a compilation for one more size would change the rounding of all later steps
-        stance = getattr(torch.compiler, "set_stance", None)
-        with undisturbed(trainer, module, evaluation=False), stance("force_eager") if stance else nullcontext():
-            with trainer.precision_plugin.train_step_context():
-                loss = training_loss(module, part, self._step.batch_idx)
-            if loss is None:
-                return None
-            gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-        return _sq_sum(_norm(gradient) for gradient in gradients if gradient is not None) / scale**2
-
     def _record(self, estimate: NoiseEstimate) -> None:
+        """Add the measurement of a step, and forget those that the window has left."""
+        at = self._step.number
         if all(map(math.isfinite, estimate)):  # else the gradients overflowed
-            self._sq_norm.add(estimate.sq_norm)
-            self._variance.add(estimate.variance)
+            kept = [(step, value) for step, value in self._measurements if step > at - self.window]
+            self._measurements, self._measured = [*kept, (at, estimate)], None
 
     def _log(self, pl_module: LightningModule, **arguments: Any) -> None:
-        if self.gradient_sq_norm is None or self.gradient_variance is None:
-            return
-        values = {
-            # NaN, since without a value Lightning would log the previous one again
-            "gradient_noise_scale": math.nan if self.noise_scale is None else self.noise_scale,
-            "gradient_sq_norm": self.gradient_sq_norm,
-            "gradient_variance": self.gradient_variance,
-        }
-        for name, value in values.items():
+        for name, value in (logged_values(self.measured) if self.measured is not None else {}).items():
             pl_module.log(name, value, batch_size=1, **arguments)
 
 
@@ -348,8 +338,15 @@ def _scheduler(trainer: Trainer) -> BatchLRScheduler | None:
     return next((callback for callback in callbacks if isinstance(callback, BatchLRScheduler)), None)
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
+def _may_split(trainer: Trainer) -> bool:
+    """Whether steps may have several pieces."""
+    scheduler = _scheduler(trainer)
+    if scheduler is None:
+        return trainer.world_size > 1 or trainer.accumulate_grad_batches > 1
+    if trainer.world_size > 1 or scheduler.max_device_batch_size is not None:
+        return True
+    cut = getattr(getattr(scheduler.training_loader, "batch_sampler", None), "cut", None)
+    return not isinstance(cut, Cut) or cut.accumulate > 1 or cut.by_length
 
 
 def _norm(gradient: Tensor) -> Tensor:
@@ -361,9 +358,3 @@ def _sq_sum(norms: Iterable[Tensor]) -> float:
     """The sum of the squares, copied from the device in one transfer."""
     flat = [norm.reshape(-1) for norm in norms]
     return torch.cat(flat).cpu().double().square().sum().item() if flat else 0.0
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """The factor by which mixed precision scales the loss."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0

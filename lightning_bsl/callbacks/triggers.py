@@ -1,27 +1,41 @@
-"""Triggers: they decide when an adaptive scheduler goes on to the next stage."""
+"""Triggers: they decide when an adaptive scheduler goes on to the next stage, or to which batch size."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import SGD
 
+from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.full_gradient import FullGradientMeasurer
 from lightning_bsl.callbacks.gradient_noise import GradientNoiseScale
+from lightning_bsl.callbacks.noise_probe import NoiseProbe, logged_values
+from lightning_bsl.theory.noise_scale import NoiseScale, cabs_batch_size, noise_interval, norm_test_batch_size
 
 if TYPE_CHECKING:
     from lightning_bsl.callbacks.adaptive import AdaptiveBatchLRScheduler
 
 
+WITHIN = 2.0  # a noise scale is used if the ends of its interval differ by at most this factor squared
+
+
 class Trigger(Protocol):
     """The protocol of triggers: any function of these arguments.
 
-    [`AdaptiveBatchLRScheduler`][lightning_bsl.AdaptiveBatchLRScheduler] calls the trigger at each check, on every process. The
-    run goes on to the next stage if the trigger returns ``True`` on all processes. A trigger may have the methods
-    ``on_train_start(trainer, pl_module)``, ``on_validation_end(trainer, pl_module)``, ``teardown(trainer, pl_module, stage)``,
-    ``state_dict()`` and ``load_state_dict(state)``. They are called like those of a callback.
+    [`AdaptiveBatchLRScheduler`][lightning_bsl.AdaptiveBatchLRScheduler] calls the trigger at each check, on every process. A
+    trigger may return:
+
+    * ``True`` or ``False``: whether to go on to the next stage. The run does if all processes return ``True``.
+    * an ``int``: the batch size to go on with. If the processes return different ones, that of the first process counts.
+    * ``None``: nothing is decided.
+
+    A trigger may have the methods ``on_train_start(trainer, pl_module)``, ``on_validation_end(trainer, pl_module)``,
+    ``teardown(trainer, pl_module, stage)``, ``state_dict()`` and ``load_state_dict(state)``. They are called like those of a
+    callback.
 
     Example:
         >>> def every_10000_samples(trainer, scheduler):
@@ -30,8 +44,8 @@ class Trigger(Protocol):
         >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=every_10000_samples)
     """
 
-    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
-        """Return whether to go on to the next stage."""
+    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool | int | None:
+        """Return whether to go on to the next stage, or the batch size to go on with, or ``None``."""
         ...
 
 
@@ -96,42 +110,239 @@ class GradientNormTrigger:
         return gradient.norm <= threshold
 
 
-class NoiseScaleTrigger:
-    """Goes on to the next stage while the batch is smaller than the gradient noise scale.
+class BatchTarget(ABC):
+    """Base of the triggers that return the batch size that a measurement asks for.
 
-    The noise scale B_simple is that of McCandlish et al. 2018 (arXiv 1812.06162). The trigger needs
-    [`GradientNoiseScale`][lightning_bsl.GradientNoiseScale] among the callbacks.
+    If [`GradientNoiseScale`][lightning_bsl.GradientNoiseScale] is among the callbacks, its measurement is used. If not, the
+    trigger draws some hundred training examples at each check and measures their gradients, as ``GradientNoiseScale`` does in
+    steps of one piece. It then logs the same values.
+
+    While the 95% interval of the target is wider than ``within`` says, the trigger does not use the target itself. It then asks
+    only for what is certain: the end of the interval next to the current batch size, and no change if this batch size is
+    inside. So a batch grows, too, where N is only known to be much larger.
+
+    The trigger changes nothing while the target is within a factor ``hysteresis`` of the current batch size. A target is never
+    below the first batch size, and never above the ``maximum`` of the scheduler, which is at most an epoch. It logs
+    ``target_batch_size``, before rounding.
 
     Args:
-        factor: Go on while batch size < factor * noise scale.
+        within: The target itself is used if the ends of its interval differ by at most this factor squared.
+        round_to: A target is rounded up to a multiple of this number. ``None``: it is rounded down to a stage of the scheduler,
+            ``b_0 delta^m``.
+        hysteresis: The batch size changes only by a factor above this one.
+        shrink: Whether the batch size may shrink.
 
     Raises:
-        ValueError: ``factor`` is not above 0.
-        MisconfigurationException: At the start of training: there is no ``GradientNoiseScale``, or it has ``per="terms"``.
-
-    Example:
-        >>> from lightning_bsl import AdaptiveBatchLRScheduler, GradientNoiseScale
-        >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=NoiseScaleTrigger(factor=0.5))
-        >>> callbacks = [scheduler, GradientNoiseScale()]
+        ValueError: ``within`` not above 1, ``round_to`` below 1, or ``hysteresis`` below 1.
+        MisconfigurationException: At the start of training: ``GradientNoiseScale`` has ``per="terms"``, or the examples of the
+            training loader cannot be read again.
     """
 
-    def __init__(self, factor: float = 1.0) -> None:
-        if not factor > 0:
-            raise ValueError(f"`factor={factor}` must be above 0: it multiplies the noise scale")
-        self.factor = factor
+    always_probes = False  # whether the measurement of GradientNoiseScale does not suffice
+
+    def __init__(
+        self, within: float = WITHIN, round_to: int | None = None, hysteresis: float = 1.2, shrink: bool = False
+    ) -> None:
+        if not within > 1:
+            raise ValueError(f"`within={within}` must be above 1: it is the factor to which a target must be known")
+        if round_to is not None and round_to < 1:
+            raise ValueError(f"`round_to={round_to}` must be 1 or more, or None for the stages of the scheduler")
+        if not hysteresis >= 1:
+            raise ValueError(f"`hysteresis={hysteresis}` must be 1 or more: smaller changes of the batch size are not made")
+        self.within, self.round_to, self.hysteresis, self.shrink = within, round_to, hysteresis, shrink
+        self.probe = NoiseProbe()
+        self.measured: NoiseScale | None = None
+
+    @abstractmethod
+    def target(self, trainer: Trainer, noise: NoiseScale) -> tuple[float, float, float]:
+        """The batch size that a measurement asks for, and the ends of its interval.
+
+        Args:
+            trainer: The Trainer.
+            noise: The measurement.
+        """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the noise scale is measured."""
-        if noise_scale(trainer) is None:
+        """Find out how the noise scale is measured."""
+        self.measured = None
+        if noise_scale(trainer) is not None and not self.always_probes:
+            return
+        refuse_sharded(trainer, type(self).__name__, "gradients")
+        obstacle = self.probe.begin(trainer, pl_module)
+        if obstacle is not None:
             raise MisconfigurationException(
-                "NoiseScaleTrigger needs the noise scale: add `GradientNoiseScale()` to the callbacks"
+                f"{type(self).__name__} cannot read the training examples again to measure the noise scale: {obstacle}. Give "
+                "such a loader"
+                + ("" if self.always_probes else ", or add `GradientNoiseScale()` to the callbacks and train in micro-batches")
             )
 
-    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
-        """Compare the batch size with the noise scale; ``False`` before the first measurement."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the measurement."""
+        self.probe.end()
+
+    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> int | None:
+        """Measure, and return the batch size to go on with; ``None`` to keep the current one."""
+        noise = self.measured = self._measure(trainer, scheduler)
+        if noise is None:
+            return None
+        current = scheduler.batch_size
+        value, low, high = self.target(trainer, noise)
+        if low <= 0 or high > self.within**2 * low:
+            value = min(max(current, low), high)
+        scheduler.write(trainer, {"target_batch_size": value})
+        if current / self.hysteresis < value < current * self.hysteresis:
+            return None
+        size = self._rounded(value, scheduler)
+        return size if size > current or (size < current and self.shrink) else None
+
+    def _measure(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> NoiseScale | None:
         callback = noise_scale(trainer)
-        measured = callback.noise_scale if callback is not None else None
-        return measured is not None and scheduler.batch_size < self.factor * measured
+        if callback is not None and not self.always_probes:
+            return callback.measured
+        step = scheduler.progress.step
+        values = self.probe.measure(trainer, trainer.lightning_module, step, scheduler.batch_size)
+        if not values:
+            return None
+        noise = noise_interval(values)
+        if callback is None:
+            scheduler.write(trainer, logged_values(noise))
+        return noise
+
+    def _rounded(self, value: float, scheduler: AdaptiveBatchLRScheduler) -> int:
+        first, maximum = scheduler.segments[0].batch_size, scheduler.controller.maximum
+        if value >= maximum:
+            return maximum
+        value = max(value, first)
+        if self.round_to is None:
+            stage = math.floor(math.log(value / first) / math.log(scheduler.delta) + 1e-9)
+            return min(math.ceil(first * scheduler.delta**stage * (1 - 1e-12)), maximum)
+        return min(math.ceil(value / self.round_to * (1 - 1e-12)) * self.round_to, maximum)
+
+
+class NoiseTarget(BatchTarget):
+    """Grows the batch size to the gradient noise scale N, times a factor (McCandlish et al. 2018, arXiv 1812.06162).
+
+    Args:
+        factor: c in B = c N. At c = 1 a step makes half of the progress of a step with the full gradient.
+        within: The same as for [`BatchTarget`][lightning_bsl.callbacks.BatchTarget], and so are the following ones.
+        round_to: See there.
+        hysteresis: See there.
+        shrink: See there.
+
+    Raises:
+        ValueError: ``factor`` is not above 0 and finite; or see ``BatchTarget``.
+
+    Example:
+        >>> from lightning_bsl import AdaptiveBatchLRScheduler
+        >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=NoiseTarget(factor=0.5), check_every=100)
+    """
+
+    def __init__(
+        self,
+        factor: float = 1.0,
+        within: float = WITHIN,
+        round_to: int | None = None,
+        hysteresis: float = 1.2,
+        shrink: bool = False,
+    ) -> None:
+        super().__init__(within, round_to, hysteresis, shrink)
+        if not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"`factor={factor}` must be above 0 and finite: it multiplies the noise scale")
+        self.factor = factor
+
+    def target(self, trainer: Trainer, noise: NoiseScale) -> tuple[float, float, float]:
+        """C N, and the ends of its interval."""
+        return self.factor * noise.value, self.factor * noise.low, self.factor * noise.high
+
+
+class NormTest(BatchTarget):
+    """Grows the batch size to that of the norm test, N / theta^2 (arXiv 2402.11215), where N is the gradient noise scale.
+
+    At this batch size the noise of a step's gradient is theta times its mean, as norms: ``E|g_B - G|^2 = theta^2 |G|^2``.
+
+    Args:
+        theta: The tolerance.
+        within: The same as for [`BatchTarget`][lightning_bsl.callbacks.BatchTarget], and so are the following ones.
+        round_to: See there; with 1 the batch size is that of the paper.
+        hysteresis: See there.
+        shrink: See there.
+
+    Raises:
+        ValueError: ``theta`` is not above 0 and finite; or see ``BatchTarget``.
+
+    Example:
+        >>> from lightning_bsl import AdaptiveBatchLRScheduler
+        >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=NormTest(theta=0.8), check_every=100)
+    """
+
+    def __init__(
+        self,
+        theta: float,
+        within: float = WITHIN,
+        round_to: int | None = None,
+        hysteresis: float = 1.2,
+        shrink: bool = False,
+    ) -> None:
+        super().__init__(within, round_to, hysteresis, shrink)
+        if not (theta > 0 and math.isfinite(theta)):
+            raise ValueError(f"`theta={theta}` must be above 0 and finite: it is the tolerated noise over the gradient")
+        self.theta = theta
+
+    def target(self, trainer: Trainer, noise: NoiseScale) -> tuple[float, float, float]:
+        """N / theta^2, and the ends of its interval."""
+        value, low, high = (norm_test_batch_size(n, self.theta) for n in (noise.value, noise.low, noise.high))
+        return value, low, high
+
+
+class CABS(BatchTarget):
+    """Couples the batch size to the learning rate: eta tr(Sigma) / F (Balles, Romero & Hennig, arXiv 1612.05086).
+
+    F is the training loss, whose minimum must be 0. The rule is that of the largest gain per example of plain SGD; see
+    [`cabs_batch_size`][lightning_bsl.theory.cabs_batch_size] for its derivation. Adam and momentum take steps of
+    another length and direction than ``eta g``, so they are refused. The trigger always measures examples of its own, since it
+    needs their loss.
+
+    Args:
+        within: The same as for [`BatchTarget`][lightning_bsl.callbacks.BatchTarget], and so are the following ones.
+        round_to: See there.
+        hysteresis: See there.
+        shrink: See there.
+
+    Raises:
+        ValueError: See ``BatchTarget``; while training: a loss that is not above 0.
+        MisconfigurationException: At the start of training: an optimizer other than ``torch.optim.SGD``, or momentum.
+
+    Example:
+        >>> from lightning_bsl import AdaptiveBatchLRScheduler
+        >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=CABS(), check_every=100)
+    """
+
+    always_probes = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizers for which the rule does not hold."""
+        for optimizer in trainer.optimizers:
+            momenta = {group.get("momentum", 0) for group in optimizer.param_groups}
+            if not isinstance(optimizer, SGD) or momenta != {0}:
+                raise MisconfigurationException(
+                    f"CABS holds for steps of the learning rate times the gradient, but {type(optimizer).__name__}"
+                    f"{' with momentum' if isinstance(optimizer, SGD) else ''} takes other steps: write `torch.optim.SGD` "
+                    "without momentum, or `NoiseTarget()`"
+                )
+        super().on_train_start(trainer, pl_module)
+
+    def target(self, trainer: Trainer, noise: NoiseScale) -> tuple[float, float, float]:
+        """Eta tr(Sigma) / F, and the ends of its interval: that of tr(Sigma)."""
+        loss = self.probe.loss
+        if not loss > 0:
+            raise ValueError(
+                f"the training loss is {loss}, but CABS divides by it and needs a loss whose minimum is 0: write "
+                "`NoiseTarget()` for another loss"
+            )
+        lr, spread = float(trainer.optimizers[0].param_groups[0]["lr"]), noise.variance_error
+        variances = (noise.variance, noise.variance - spread, noise.variance + spread)
+        value, low, high = (cabs_batch_size(lr, variance, loss) for variance in variances)
+        return value, low, high
 
 
 class PlateauTrigger:
@@ -202,7 +413,20 @@ def noise_scale(trainer: Trainer) -> GradientNoiseScale | None:
     measurement = next((callback for callback in callbacks if isinstance(callback, GradientNoiseScale)), None)
     if measurement is not None and measurement.per == "terms":
         raise MisconfigurationException(
-            "the batch size is compared with the noise scale of GradientNoiseScale(per='terms'), which is no number of "
+            "the batch size follows the noise scale of GradientNoiseScale(per='terms'), which is no number of "
             "examples: write `per='examples'`"
         )
     return measurement
+
+
+def measured_noise(trainer: Trainer, trigger: object) -> NoiseScale | None:
+    """The last measurement of the noise scale, by the callback or else by the trigger.
+
+    Args:
+        trainer: The Trainer.
+        trigger: The trigger of the scheduler.
+    """
+    callback = noise_scale(trainer)
+    if callback is not None:
+        return callback.measured
+    return trigger.measured if isinstance(trigger, BatchTarget) else None

@@ -23,13 +23,14 @@ from lightning_bsl.callbacks import (
     AdaptiveBatchLRScheduler,
     GradientNoiseScale,
     GradientNormTrigger,
-    NoiseScaleTrigger,
+    NoiseTarget,
     PlateauTrigger,
 )
 from lightning_bsl.datasets import FashionMNIST
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.runs import read_metrics
 from lightning_bsl.schedules import LinearScaling, SurgeScaling
+from lightning_bsl.theory.noise_scale import NoiseScale
 
 N = 61
 DATA = regression(N)
@@ -205,7 +206,6 @@ def test_refusals() -> None:
         (lambda: GradientNormTrigger(rule="paper"), "rule='paper'"),  # type: ignore[arg-type]
         (lambda: PlateauTrigger("loss", patience=0), "patience=0"),
         (lambda: PlateauTrigger("loss", mode="least"), "mode='least'"),  # type: ignore[arg-type]
-        (lambda: NoiseScaleTrigger(0), "factor=0"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -213,8 +213,6 @@ def test_refusals() -> None:
         fit(adaptive(at_steps(1), maximum=64))
     with pytest.raises(MisconfigurationException, match="limit_train_batches"):
         fit(adaptive(at_steps(1)), limit_train_batches=0.5)
-    with pytest.raises(MisconfigurationException, match="GradientNoiseScale"):
-        fit(adaptive(NoiseScaleTrigger()))
     with pytest.raises(ValueError, match="monitor='val/los'` is not logged"):
         fit(adaptive(PlateauTrigger("val/los")))
     with pytest.raises(MisconfigurationException, match="BatchSizeDataModule"):
@@ -246,19 +244,20 @@ def test_on_fashion_mnist(tmp_path: Path) -> None:
 
 def test_the_surge_law_of_the_measured_noise_scale() -> None:
     class Known(GradientNoiseScale):
-        noise_scale = property(lambda self: self.known)  # type: ignore[assignment]
-        known: float | None = None
+        measured = property(lambda self: self.known)  # type: ignore[assignment]
+        known: NoiseScale | None = None
 
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             step = trainer.global_step
-            self.known = 10.0 * (1 + step // 8) if 4 <= step < 16 else None
+            value = 10.0 * (1 + step // 8)
+            interval = (value / 1.5, value * 1.5) if step < 16 else (1.0, math.inf)
+            self.known = NoiseScale(1.0, value, *interval) if step >= 4 else None
 
     rule = SurgeScaling(0.1, noise_batch_size=32)
-    scheduler = adaptive(NoiseScaleTrigger(), lr=rule, check_every=4)
-    model = fit(scheduler, Known(extra_every=None))
+    scheduler = adaptive(NoiseTarget(), lr=rule, check_every=4)
+    model = fit(scheduler, Known(probe_every=None))
     assert model.rates[:8] == pytest.approx([rule(4)] * 8)  # nothing measured yet at the first check
-    assert [segment.batch_size for segment in scheduler.segments[:3]] == [4, 8, 16]
-    for segment, noise in zip(scheduler.segments[1:3], (10.0, 20.0)):  # at steps 8 and 12
+    assert [segment.batch_size for segment in scheduler.segments] == [4, 8, 16]
+    for segment, noise in zip(scheduler.segments[1:], (10.0, 20.0)):  # at steps 8 and 12
         assert segment.lr == pytest.approx(SurgeScaling(0.1, noise)(segment.batch_size))
-    assert scheduler.segments[-1].lr == pytest.approx(SurgeScaling(0.1, 20.0)(scheduler.batch_size))  # the last known
-    assert set(model.rates) == {segment.lr for segment in scheduler.segments}
+    assert set(model.rates) == {segment.lr for segment in scheduler.segments}  # the last one that was known well enough

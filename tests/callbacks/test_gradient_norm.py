@@ -106,7 +106,7 @@ def test_training_does_not_notice(measure: Any, workers: int, tmp_path: Path) ->
         return model, state, read_metrics(tmp_path / name / "metrics.csv")
 
     def both() -> tuple[Any, ...]:
-        return FullGradientNorm(**measure), GradientNoiseScale(extra_every=3)
+        return FullGradientNorm(**measure), GradientNoiseScale(probe_every=3)
 
     model, state, rows = go("without")
     measured, measured_state, measured_rows = go("with", *both())
@@ -116,7 +116,8 @@ def test_training_does_not_notice(measure: Any, workers: int, tmp_path: Path) ->
     assert measured.journal == model.journal
     assert resumed.journal == model.journal[13:]
     assert measured.steps == model.steps
-    ours = {"full_gradient_norm", "full_loss", "gradient_noise_scale", "gradient_sq_norm", "gradient_variance"}
+    noise = {f"gradient_{name}" for name in ("noise_scale", "noise_scale_low", "noise_scale_high", "sq_norm", "variance")}
+    ours = {"full_gradient_norm", "full_loss"} | noise
     kept = [{k: v for k, v in row.items() if k not in ours} for row in measured_rows]
     assert [row for row in kept if row.keys() - {"epoch", "step"}] == rows
     assert all(each.training for each in measured.modules())

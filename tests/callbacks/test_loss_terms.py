@@ -29,7 +29,7 @@ from harness.loops import whole_steps
 from harness.modules import assert_close, equal
 from harness.processes import Pair
 from harness.sentences import Predictor, Sentences, pad, train_sentences_by_hand
-from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, FullGradientNorm, GradientNoiseScale, NoiseScaleTrigger
+from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, FullGradientNorm, GradientNoiseScale, NoiseTarget
 from lightning_bsl.callbacks.loss_terms import LossTerms
 
 # A row's terms are what is above 0; the last two rows have none
@@ -404,7 +404,7 @@ def test_lbfgs_takes_whole_steps() -> None:
 
 
 def test_a_noise_scale_in_terms_is_no_batch_size() -> None:
-    trigger = NoiseScaleTrigger()
+    trigger = NoiseTarget()
     scheduler = AdaptiveBatchLRScheduler(2, 0.1, trigger, maximum=4, check_every=1)
     with pytest.raises(MisconfigurationException, match="no number of examples"):
         fit(Slope(), rows(*range(6)), scheduler, GradientNoiseScale(per="terms"), max_epochs=1)
@@ -647,7 +647,7 @@ class Vectors(LightningModule):
 
 class Noting(GradientNoiseScale):
     def __init__(self, **options: Any) -> None:
-        super().__init__(every=1, **{"extra_every": None} | options)
+        super().__init__(every=1, **{"probe_every": None} | options)
         self.found: list[Any] = []
 
     def _record(self, values: Any) -> None:
@@ -662,12 +662,9 @@ def within_three_standard_errors(values: list[float], expected: float) -> bool:
     return abs(found.mean() - expected) < 3 * found.std() / len(values) ** 0.5
 
 
-@pytest.mark.quick(cap=[3, None])
-@pytest.mark.parametrize(
-    ("per", "cap", "extra_every"),
-    [("terms", 3, None), ("terms", 1, None), ("terms", None, 1), ("examples", 1, None)],
-)
-def test_the_noise_scale_of_uneven_terms(per: Any, cap: Any, extra_every: Any) -> None:
+@pytest.mark.quick(cap=[3])
+@pytest.mark.parametrize(("per", "cap"), [("terms", 3), ("terms", 1), ("examples", 1)])
+def test_the_noise_scale_of_uneven_terms(per: Any, cap: int) -> None:
     steps, size = 300, 8
     generator = torch.Generator().manual_seed(1)
     number = steps * size
@@ -676,7 +673,7 @@ def test_the_noise_scale_of_uneven_terms(per: Any, cap: Any, extra_every: Any) -
     if per == "examples":
         noise = noise[:, :1].expand(-1, 4, -1)  # all terms of an example have its gradient
     data = TensorDataset(MEAN + noise, mask)
-    measure = Noting(per=per, extra_every=extra_every)
+    measure = Noting(per=per)
     scheduler = BatchLRScheduler(size, max_device_batch_size=cap)
     fit(Vectors(), DataLoader(data, batch_size=1), scheduler, measure, max_epochs=1)
     assert len(measure.found) == steps

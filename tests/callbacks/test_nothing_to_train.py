@@ -230,7 +230,7 @@ def test_a_stream_in_windows(unreadable: tuple[int, ...], batch_size: int, gradi
 
 class Noting(GradientNoiseScale):
     def __init__(self) -> None:
-        super().__init__(every=1, extra_every=None)
+        super().__init__(every=1, probe_every=None)
         self.found: list[tuple[float, float]] = []
 
     def _record(self, values: Any) -> None:

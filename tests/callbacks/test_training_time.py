@@ -86,7 +86,7 @@ def test_what_processes_reduce_is_a_number(unit: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Recorder, "log", spy)
     callbacks = [
         TrainingTime(),
-        GradientNoiseScale(every=1, extra_every=1),
+        GradientNoiseScale(every=1, probe_every=1),
         FullGradientNorm(unit=unit),
         BatchLRScheduler(8, 0.1),
     ]
