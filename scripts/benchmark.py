@@ -415,7 +415,7 @@ def noise_scale(arguments: argparse.Namespace) -> list[Bound]:
         (Digits, 8, None, 100, 4, 1.25),
     ):
         if arguments.toy:
-            batch_size, cap, block, blocks = 8, cap and 4, min(block, 10), 2
+            batch_size, cap, block, blocks = min(batch_size // 2, 8), cap and 4, min(block, 10), 2
         datamodule = _datamodule_of(kind, _training_set(kind, None, arguments.toy), batch_size)
         scheduler = BatchLRScheduler(batch_size, 0.1, max_device_batch_size=cap)
         measuring = GradientNoiseScale(probe_every=None if cap else block)

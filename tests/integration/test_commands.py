@@ -61,7 +61,8 @@ def train(folder: Path) -> tuple[list[str], Check]:
         assert (folder / "checkpoints" / "last.ckpt").exists()
         assert "val acc" in printed and "512" in printed
 
-    return ["bsl-train", f"hydra.run.dir={folder}"], check
+    every_epoch = ["+callbacks.model_checkpoint.save_top_k=-1", "+callbacks.model_checkpoint.filename='{epoch}'"]
+    return ["bsl-train", *every_epoch, f"hydra.run.dir={folder}"], check
 
 
 def plan(folder: Path) -> tuple[list[str], Check]:
@@ -128,17 +129,15 @@ def surge_report(folder: Path) -> tuple[list[str], Check]:
 
 
 def branch(folder: Path) -> tuple[list[str], Check]:
-    """From the last checkpoint of ``train``."""
-    checkpoint, options = (
-        folder.parent / "train" / "checkpoints" / "last.ckpt",
-        ["factors=[1,2]", "seeds=2", "points=2", "probe=64"],
-    )
+    """From a checkpoint of ``train``."""
+    checkpoint = folder.parent / "train" / "checkpoints" / "epoch=5.ckpt"
+    options = ["factors=[1,2]", "window=1024", "seeds=2", "points=2", "probe=64"]
 
     def check(printed: str) -> None:
-        assert "512" in printed
+        assert "64" in printed
         assert {row["factor"] for row in csv_rows(folder / "branches.csv")} == {"1", "2"}
 
-    return ["bsl-branch", f"ckpt={checkpoint}", "window=8192", *options, f"output_dir={folder}"], check
+    return ["bsl-branch", f"ckpt={checkpoint}", *options, f"output_dir={folder}"], check
 
 
 def application(folder: Path) -> tuple[list[str], Check]:
