@@ -36,6 +36,8 @@ FEW = ("factors=[1,2]", "seeds=2", "window=64", "points=2", "probe=null")
 def train(folder: Path, *overrides: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_bsl.app.train.plot_run", lambda *_: None)
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # a fixture of the module is not undone after each test
+            patch.setenv(name, "0")
         assert run_script("train.py", *overrides, *QUIET, f"hydra.run.dir={folder}", monkeypatch=patch) == 0
     return folder
 

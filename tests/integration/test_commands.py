@@ -163,8 +163,8 @@ def test_every_command_is_tried(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("commands", [
-    [train, plan, multirun, report, branch, application],
-    pytest.param([search, surge_grid, surge_report], marks=pytest.mark.slow),
+    [train, plan, multirun, report, application],
+    pytest.param([train, branch, search, surge_grid, surge_report], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_after_another(commands: list[Callable[[Path], tuple[list[str], Check]]], installed: Path, tmp_path: Path) -> None:
     lines, checks = [], []

@@ -88,6 +88,7 @@ DECAYS = [
 ]
 
 
+@pytest.mark.quick(cut=[1.3, 4])
 @pytest.mark.parametrize("decay", DECAYS, ids=lambda decay: type(decay).__name__)
 @pytest.mark.parametrize(
     ("cut", "exponent", "coupling"),
@@ -114,6 +115,7 @@ def test_rate_and_batch_size_after_m_cuts(decay: Schedule, cut: float, exponent:
     assert sizes == sorted(sizes) and sizes[-1] > 64
 
 
+@pytest.mark.quick(maximum=[32])
 @pytest.mark.parametrize("decay", DECAYS, ids=lambda decay: type(decay).__name__)
 @pytest.mark.parametrize("maximum", [None, 32])
 def test_next_change_by_brute_force(decay: Schedule, maximum: int | None) -> None:
