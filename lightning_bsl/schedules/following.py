@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import TypeVar
+
+from lightning_bsl.schedules.scaling import check_above_0
 
 Value = TypeVar("Value", float, tuple[float, ...])
 FollowingFunction = Callable[[float, int], float]
@@ -40,9 +41,7 @@ class FollowingRule(ABC):
     base_batch_size: float
 
     def __post_init__(self) -> None:
-        size = self.base_batch_size
-        if isinstance(size, bool) or not isinstance(size, Real) or not 0 < float(size) < math.inf:
-            raise ValueError(f"{type(self).__name__}(base_batch_size={size!r}): write a finite number above 0")
+        check_above_0(f"{type(self).__name__}(base_batch_size", self.base_batch_size)
 
     def __call__(self, value: Value, batch_size: int) -> Value:
         """The value of a constant for ``batch_size``; of each element of a tuple.

@@ -8,6 +8,12 @@ from dataclasses import dataclass, fields
 from numbers import Real
 
 
+def check_above_0(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}={value!r}): write a finite number above 0")
+
+
 @dataclass(frozen=True)
 class ScalingRule(ABC):
     """Base class of scaling rules: a learning rate for every batch size.
@@ -31,9 +37,7 @@ class ScalingRule(ABC):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-                raise ValueError(f"{type(self).__name__}({field.name}={value!r}): write a finite number above 0")
+            check_above_0(f"{type(self).__name__}({field.name}", getattr(self, field.name))
 
     @abstractmethod
     def __call__(self, batch_size: int) -> float:
