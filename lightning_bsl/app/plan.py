@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn import Parameter
 
 from lightning_bsl.app.compose import CONF, make_constants, make_plan
+from lightning_bsl.callbacks import BatchLRScheduler
 from lightning_bsl.callbacks.constants import FollowingConstants
 from lightning_bsl.report import compare_table, console, plan_table, plot_comparison, plot_plan, theory_table
 from lightning_bsl.schedules import Plan, to_megatron
@@ -37,12 +38,14 @@ def _main(cfg: DictConfig) -> None:
     """Print the plan of a run, or several side by side, and draw it."""
     out, folder, constants = console(), Path(cfg.output_dir), make_constants(cfg)
     if "compare" in cfg:
-        plans = {name: _plan(_with_scheduler(name)) for name in cfg.compare}
+        configs = {name: _with_scheduler(name) for name in cfg.compare}
+        plans = {name: _plan(other, instantiate(other.scheduler)) for name, other in configs.items()}
         out.print(compare_table(plans, constants))
         plot_comparison(plans, folder / "plans.png", constants)
         out.print(f"{folder}: plans.png", soft_wrap=True)
         return
-    plan, constants_at = _plan(cfg), _constants(cfg)
+    scheduler = instantiate(cfg.scheduler)
+    plan, constants_at = _plan(cfg, scheduler), _constants(cfg, scheduler)
     out.print(plan_table(plan, constants_at))
     if plan.stages[0].lr is not None:
         out.print(theory_table(plan, constants))
@@ -53,8 +56,8 @@ def _main(cfg: DictConfig) -> None:
     out.print(f"{folder}: plan.csv, plan.png", soft_wrap=True)
 
 
-def _plan(cfg: DictConfig) -> Plan:
-    plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+def _plan(cfg: DictConfig, scheduler: BatchLRScheduler) -> Plan:
+    plan = make_plan(cfg, scheduler, instantiate(cfg.data))
     if plan is None:
         raise ValueError(
             "no plan for fast_dev_run, for a run without an end (write trainer.max_epochs or trainer.max_steps), or for a "
@@ -63,9 +66,9 @@ def _plan(cfg: DictConfig) -> Plan:
     return plan
 
 
-def _constants(cfg: DictConfig) -> ConstantsAt:
+def _constants(cfg: DictConfig, scheduler: BatchLRScheduler) -> ConstantsAt:
     """The optimizer's constants that follow the batch size, for a batch size: none where the optimizer is not configured."""
-    rules = instantiate(cfg.scheduler).follow
+    rules = scheduler.follow
     node = OmegaConf.select(cfg, "model.optimizer") or cfg.get("optimizer")
     optimizers = [instantiate(node)([Parameter(torch.zeros(1))])] if rules and node else []
     return FollowingConstants(optimizers, rules if optimizers else {}, ExitStack()).at

@@ -18,6 +18,7 @@ from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
 from lightning_bsl.callbacks.loop import logged_at
 from lightning_bsl.callbacks.triggers import WITHIN, BatchTarget, GradientNormTrigger, Trigger, measured_noise, noise_scale
 from lightning_bsl.schedules import FollowingRule, JointSchedule, NoiseScaling, ScalingRule, SurgeScaling
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.following import FollowingFunction
 from lightning_bsl.schedules.measured import Segment, measured_stages
 
@@ -218,8 +219,7 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         follow: Mapping[str, FollowingRule | FollowingFunction] | None = None,
     ) -> None:
         super().__init__(batch_size, lr, max_device_batch_size, loader, follow=follow)
-        if check_every < 1:
-            raise ValueError(f"`check_every={check_every}` must be 1 or more")
+        check_whole("check_every", check_every)
         self.controller = StageController(batch_size, lr, delta, gamma, maximum, max_lr)
         self.trigger = GradientNormTrigger() if trigger is None else trigger
         self.check_every = check_every

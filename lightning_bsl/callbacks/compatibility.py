@@ -325,6 +325,62 @@ def refuse_sharded(trainer: Trainer, name: str, needs: str) -> None:
         )
 
 
+def check_sharding(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+    """Refuse strategies with which a process does not compute whole gradients of its own examples.
+
+    With ``fully_shard`` it does: its backward pass computes them, and only then they are averaged and sharded.
+
+    Args:
+        trainer: The Trainer, after its strategy was set up.
+        pl_module: The LightningModule.
+        name: Name of the callback that measures these gradients.
+
+    Raises:
+        MisconfigurationException: FSDPStrategy, DeepSpeed, tensor parallelism, or parameters that are not sharded.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise MisconfigurationException(
+            f"{name} cannot read the gradients of single parameters from the flat parameters of FSDPStrategy; use "
+            f"`ModelParallelStrategy` with `fully_shard`, or `strategy='ddp'`, or leave {name} out"
+        )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return refuse_sharded(trainer, name, "gradients")
+    parallel = strategy.device_mesh["tensor_parallel"].size()
+    if parallel > 1:
+        raise MisconfigurationException(
+            f"with `tensor_parallel_size={parallel}` no process computes whole gradients, which {name} needs; write "
+            f"`tensor_parallel_size=1`, or leave {name} out"
+        )
+    trained = [
+        parameter
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    ]
+    for parameter in trained:
+        placements = getattr(parameter, "placements", None)
+        if placements is None or parameter.device_mesh.size() != trainer.world_size:
+            raise MisconfigurationException(
+                f"a parameter of shape {tuple(parameter.shape)} is not sharded over all {trainer.world_size} processes, so its "
+                f"gradients are not averaged over them, and {name} cannot measure them; call `fully_shard` on a module that "
+                "holds it, in `configure_model`"
+            )
+        if not all(placement.is_shard() or placement.is_replicate() for placement in placements):
+            raise MisconfigurationException(
+                f"a parameter has the placements {placements}, which are not those of `fully_shard` alone, so no process "
+                f"computes its whole gradient; leave {name} out"
+            )
+    required = sum(parameter.requires_grad for parameter in pl_module.parameters())
+    if required != len(trained):
+        raise MisconfigurationException(
+            f"{required} parameters require gradients, and the optimizer has {len(trained)} of them; with "
+            f"ModelParallelStrategy {name} cannot tell which: call `requires_grad_(False)` on the others"
+        )
+    return None
+
+
 def check_val_interval(trainer: Trainer, data: DataSource, plan: Plan | None) -> None:
     """Refuse an interval between validations that is longer than a later epoch.
 

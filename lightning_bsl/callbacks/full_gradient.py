@@ -27,6 +27,7 @@ from lightning_bsl.callbacks.snapshot import Snapshot
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.orders import SamplerOrder, order_of
 from lightning_bsl.data.sampler import GlobalBatchSampler, Permutation, epoch_generator, share_of
+from lightning_bsl.schedules.checks import check_whole
 
 
 class FullGradient(NamedTuple):
@@ -157,8 +158,7 @@ class FullGradientMeasurer:
 
     def __init__(self, subset: int | None = None, batch_size: int = 1024, seed: int = 0) -> None:
         for name, value in (("subset", 1 if subset is None else subset), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}={value}` must be 1 or more")
+            check_whole(name, value)
         self.subset, self.batch_size, self.seed = subset, batch_size, seed
         self.loader: DataLoader[Any] | None = None
         self._fitting = batch_size  # number of examples that fit in memory at once

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
-from lightning_bsl.callbacks.compatibility import refuse_sharded
+from lightning_bsl.callbacks.compatibility import check_sharding
 from lightning_bsl.callbacks.loaders import batch_counts
 from lightning_bsl.callbacks.loop import logged_at, writes_step
 from lightning_bsl.callbacks.loss_terms import has_loss_terms, terms_or_examples
 from lightning_bsl.callbacks.micro_batches import MicroBatch
 from lightning_bsl.callbacks.noise_probe import LEAST_EXAMPLES, NoiseProbe, logged_values, loss_scale, trained_parameters
 from lightning_bsl.data.sampler import Cut
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.theory.noise_scale import NoiseEstimate, NoiseScale, Pieces, noise_interval
 
 
@@ -35,6 +39,7 @@ class _StepGradients:
         number: The number of steps before this one.
         norms: Norms of the parameters' gradients in the current backward pass.
         pieces: The pieces so far, each with the norms of its gradients.
+        watched: The watched tensors by ``id``, and whether there was a gradient of each.
     """
 
     def __init__(self) -> None:
@@ -44,10 +49,30 @@ class _StepGradients:
         self.number = 0
         self.norms: list[Tensor] = []
         self.pieces: list[tuple[MicroBatch, Tensor]] = []
+        self.watched: dict[int, bool] = {}
 
-    def watch(self, parameters: list[Tensor]) -> None:
+    def watch(self, parameters: Iterable[Tensor]) -> None:
         """Record the gradient norms of each backward pass, before gradients are accumulated or averaged over processes."""
-        self.hooks = [parameter.register_hook(lambda gradient: self.norms.append(_norm(gradient))) for parameter in parameters]
+        for parameter in parameters:
+            if parameter.requires_grad and not _is_sharded(parameter) and id(parameter) not in self.watched:
+                self.watched[id(parameter)] = False
+                self.hooks.append(parameter.register_hook(partial(self._record, id(parameter))))
+
+    def watch_forward(self, module: Module) -> None:
+        """Watch the tensors that ``fully_shard`` puts in the place of sharded parameters: only theirs are whole gradients.
+
+        It does so at the start of a module's forward pass, for the parameters of this module and of modules inside it.
+        """
+        for layer in module.modules():
+            self.hooks.append(layer.register_forward_pre_hook(self._watch_layer))
+
+    def _watch_layer(self, layer: Module, inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            self.watch(layer.parameters())
+
+    def _record(self, key: int, gradient: Tensor) -> None:
+        self.watched[key] = True
+        self.norms.append(_norm(gradient))
 
     def stop(self) -> None:
         """Remove the hooks."""
@@ -60,6 +85,7 @@ class _StepGradients:
         self.hooks, self.batch = [], None
         self.norms.clear()
         self.pieces.clear()
+        self.watched.clear()
 
 
 class GradientNoiseScale(Callback):
@@ -119,8 +145,8 @@ class GradientNoiseScale(Callback):
         per: Literal["examples", "terms"] = "examples",
     ) -> None:
         for name, value in (("every", every), ("probe_every", probe_every), ("window", window)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}={value}` must be 1 or more")
+            if value is not None:
+                check_whole(name, value)
         if per not in ("examples", "terms"):
             raise ValueError(f"unknown `per={per!r}`; write 'examples' or 'terms'")
         self.every = every
@@ -133,6 +159,7 @@ class GradientNoiseScale(Callback):
         self._fitting = True  # False in validation and test, where checkpoints must not change the measurements
         self._step = _StepGradients()
         self._stepped = False
+        self._sharded = False  # whether parameters are sharded by `fully_shard`
         self._left_out = -1  # a step that is not measured, since its gradients add to those of the step before
         self._counts: Callable[[int], int] | None = None  # batch index -> examples, in a fit without BatchLRScheduler
 
@@ -173,7 +200,13 @@ class GradientNoiseScale(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fits that cannot be measured."""
-        refuse_sharded(trainer, type(self).__name__, "gradients")
+        check_sharding(trainer, pl_module, type(self).__name__)
+        self._sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        if self._sharded and self.probe_every is not None and trainer.world_size == 1:
+            raise MisconfigurationException(
+                f"`probe_every={self.probe_every}`: with one process a probe needs whole gradients, which ModelParallelStrategy "
+                "does not keep; write `probe_every=None`, or leave the strategy out"
+            )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "with manual optimization GradientNoiseScale does not know which backward passes belong to a step; leave it out"
@@ -224,7 +257,10 @@ class GradientNoiseScale(Callback):
         """Start to record gradient norms, if this step is to be measured."""
         # a step that cannot have several pieces is not watched without need, since that takes time
         if not self._step.hooks and ((self._is_due(trainer) and _may_split(trainer)) or self._probe_is_due(trainer)):
-            self._step.watch(trained_parameters(trainer.optimizers[0]))
+            if self._sharded:
+                self._step.watch_forward(pl_module)
+            else:
+                self._step.watch(trained_parameters(trainer.optimizers[0]))
         if self._step.hooks:
             self._step.batch, self._step.batch_idx, self._step.number = batch, batch_idx, logged_at(trainer)
 
@@ -260,7 +296,13 @@ class GradientNoiseScale(Callback):
             sq_norm = _sq_sum([norms]) / (piece.weight * scale) ** 2
             pieces = pieces.plus(self._size(piece), weight / trainer.world_size, sq_norm)
         gradients = [parameter.grad for parameter in trained_parameters(optimizer) if parameter.grad is not None]
-        sq_norm = _sq_sum(map(_norm, gradients))
+        if self._sharded and sum(step.watched.values()) != len(gradients):
+            raise MisconfigurationException(
+                f"{len(gradients)} parameters have gradients, and GradientNoiseScale saw those of {sum(step.watched.values())}. "
+                "With ModelParallelStrategy it sees those of parameters that `fully_shard` shards, that are used in forward "
+                "passes of their modules (not in other methods), and that the optimizer trains; else leave it out"
+            )
+        sq_norm = _sq_sum(map(_held_norm, gradients))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             sq_norm /= scale**2  # such an optimizer removes the loss scale only when it steps
         if scheduler is not None and scheduler.corrected:  # undo the scheduler's correction of the gradients
@@ -352,6 +394,19 @@ def _may_split(trainer: Trainer) -> bool:
 def _norm(gradient: Tensor) -> Tensor:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return cast(Tensor, torch.linalg.vector_norm(values.detach(), dtype=torch.promote_types(values.dtype, torch.float32)))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")  # a DTensor, which each version of torch has in another place
+
+
+def _held_norm(gradient: Tensor) -> Tensor:
+    """The norm of what this process holds. The mean of its square over the processes is the squared norm of the gradient."""
+    if not _is_sharded(gradient):
+        return _norm(gradient)
+    sharded: Any = gradient
+    parts = math.prod(sharded.device_mesh.size(i) for i, each in enumerate(sharded.placements) if each.is_shard())
+    return _norm(sharded.to_local()) * parts**0.5  # other dimensions of the mesh hold copies
 
 
 def _sq_sum(norms: Iterable[Tensor]) -> float:

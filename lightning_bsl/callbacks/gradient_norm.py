@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bsl.callbacks.full_gradient import FullGradient, FullGradientMeasurer
 from lightning_bsl.callbacks.loop import logged_at, steps_taken
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.progress import Unit
 
 
@@ -45,8 +46,7 @@ class FullGradientNorm(Callback):
     def __init__(
         self, every: int = 1, unit: Unit = "epoch", subset: int | None = None, batch_size: int = 1024, seed: int = 0
     ) -> None:
-        if every < 1:
-            raise ValueError(f"`every={every}` must be 1 or more")
+        check_whole("every", every)
         if unit not in ("epoch", "step"):
             raise ValueError(f"unknown unit {unit!r}; write 'epoch' or 'step'")
         self.every = every

@@ -24,6 +24,7 @@ from lightning_bsl.callbacks.loss_terms import terms_or_examples
 from lightning_bsl.callbacks.micro_batches import is_out_of_memory
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.sampler import epoch_generator
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.theory.noise_scale import NoiseEstimate, NoiseScale, jackknife
 
 PIECES = 12  # fewer make the interval wider, more make each of them small, and small batches slow
@@ -72,8 +73,7 @@ class NoiseProbe:
     """
 
     def __init__(self, size: int = LEAST_EXAMPLES, per: Literal["examples", "terms"] = "examples") -> None:
-        if size < 6:
-            raise ValueError(f"`probe_size={size}` must be 6 or more, for three pieces of two examples")
+        check_whole("probe_size", size, least=6, instead=", for three pieces of two examples")
         self.size, self.per = size, per
         self.loss = math.nan
         self._examples: TrainingExamples | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,6 +15,7 @@ from lightning_bsl.callbacks.compatibility import refuse_sharded
 from lightning_bsl.callbacks.full_gradient import FullGradientMeasurer
 from lightning_bsl.callbacks.gradient_noise import GradientNoiseScale
 from lightning_bsl.callbacks.noise_probe import NoiseProbe, logged_values
+from lightning_bsl.schedules.checks import check_above_0, check_whole
 from lightning_bsl.theory.noise_scale import NoiseScale, cabs_batch_size, noise_interval, norm_test_batch_size
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ class GradientNormTrigger:
         return gradient.norm <= threshold
 
 
+@dataclass(eq=False)
 class BatchTarget(ABC):
     """Base of the triggers that return the batch size that a measurement asks for.
 
@@ -138,20 +141,22 @@ class BatchTarget(ABC):
             training loader cannot be read again.
     """
 
-    always_probes = False  # whether the measurement of GradientNoiseScale does not suffice
+    _: KW_ONLY
+    within: float = WITHIN
+    round_to: int | None = None
+    hysteresis: float = 1.2
+    shrink: bool = False
+    measured: NoiseScale | None = field(default=None, init=False, repr=False)
+    probe: NoiseProbe = field(default_factory=NoiseProbe, init=False, repr=False)
+    always_probes: ClassVar[bool] = False  # whether the measurement of GradientNoiseScale does not suffice
 
-    def __init__(
-        self, within: float = WITHIN, round_to: int | None = None, hysteresis: float = 1.2, shrink: bool = False
-    ) -> None:
-        if not within > 1:
-            raise ValueError(f"`within={within}` must be above 1: it is the factor to which a target must be known")
-        if round_to is not None and round_to < 1:
-            raise ValueError(f"`round_to={round_to}` must be 1 or more, or None for the stages of the scheduler")
-        if not hysteresis >= 1:
-            raise ValueError(f"`hysteresis={hysteresis}` must be 1 or more: smaller changes of the batch size are not made")
-        self.within, self.round_to, self.hysteresis, self.shrink = within, round_to, hysteresis, shrink
-        self.probe = NoiseProbe()
-        self.measured: NoiseScale | None = None
+    def __post_init__(self) -> None:
+        if not self.within > 1:
+            raise ValueError(f"`within={self.within}` must be above 1: it is the factor to which a target must be known")
+        if self.round_to is not None:
+            check_whole("round_to", self.round_to, instead=", or None for the stages of the scheduler")
+        if not self.hysteresis >= 1:
+            raise ValueError(f"`hysteresis={self.hysteresis}` must be 1 or more: smaller changes are not made")
 
     @abstractmethod
     def target(self, trainer: Trainer, noise: NoiseScale) -> tuple[float, float, float]:
@@ -219,6 +224,7 @@ class BatchTarget(ABC):
         return min(math.ceil(value / self.round_to * (1 - 1e-12)) * self.round_to, maximum)
 
 
+@dataclass(eq=False)
 class NoiseTarget(BatchTarget):
     """Grows the batch size to the gradient noise scale N, times a factor (McCandlish et al. 2018, arXiv 1812.06162).
 
@@ -237,24 +243,18 @@ class NoiseTarget(BatchTarget):
         >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=NoiseTarget(factor=0.5), check_every=100)
     """
 
-    def __init__(
-        self,
-        factor: float = 1.0,
-        within: float = WITHIN,
-        round_to: int | None = None,
-        hysteresis: float = 1.2,
-        shrink: bool = False,
-    ) -> None:
-        super().__init__(within, round_to, hysteresis, shrink)
-        if not (factor > 0 and math.isfinite(factor)):
-            raise ValueError(f"`factor={factor}` must be above 0 and finite: it multiplies the noise scale")
-        self.factor = factor
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_0("NoiseTarget(factor", self.factor)
 
     def target(self, trainer: Trainer, noise: NoiseScale) -> tuple[float, float, float]:
         """C N, and the ends of its interval."""
         return self.factor * noise.value, self.factor * noise.low, self.factor * noise.high
 
 
+@dataclass(eq=False)
 class NormTest(BatchTarget):
     """Grows the batch size to that of the norm test, N / theta^2 (arXiv 2402.11215), where N is the gradient noise scale.
 
@@ -275,18 +275,11 @@ class NormTest(BatchTarget):
         >>> scheduler = AdaptiveBatchLRScheduler(8, 0.1, trigger=NormTest(theta=0.8), check_every=100)
     """
 
-    def __init__(
-        self,
-        theta: float,
-        within: float = WITHIN,
-        round_to: int | None = None,
-        hysteresis: float = 1.2,
-        shrink: bool = False,
-    ) -> None:
-        super().__init__(within, round_to, hysteresis, shrink)
-        if not (theta > 0 and math.isfinite(theta)):
-            raise ValueError(f"`theta={theta}` must be above 0 and finite: it is the tolerated noise over the gradient")
-        self.theta = theta
+    theta: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_0("NormTest(theta", self.theta)
 
     def target(self, trainer: Trainer, noise: NoiseScale) -> tuple[float, float, float]:
         """N / theta^2, and the ends of its interval."""
@@ -366,8 +359,7 @@ class PlateauTrigger:
     """
 
     def __init__(self, monitor: str, patience: int = 3, min_delta: float = 0.0, mode: Literal["min", "max"] = "min") -> None:
-        if patience < 1:
-            raise ValueError(f"`patience={patience}` must be 1 or more")
+        check_whole("patience", patience)
         if mode not in ("min", "max"):
             raise ValueError(f"unknown `mode={mode!r}`; write 'min' or 'max'")
         self.monitor, self.patience, self.min_delta, self.mode = monitor, patience, min_delta, mode

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import GlobalBatchSampler, remade
 from lightning_bsl.schedules import Progress
+from lightning_bsl.schedules.checks import check_whole
 
 
 def data_parallel(trainer: Trainer) -> tuple[int, int]:
@@ -106,12 +107,11 @@ class BatchSizeDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}={value}` must be 1 or more")
-        if samples_per_epoch is not None and samples_per_epoch < 1:
-            raise ValueError(f"`samples_per_epoch={samples_per_epoch}` must be 1 or more")
-        if max_device_tokens is not None and not max_device_tokens >= 1:
-            raise ValueError(f"`max_device_tokens={max_device_tokens}` must be 1 or more, or None for no bound")
+            check_whole(name, value)
+        if samples_per_epoch is not None:
+            check_whole("samples_per_epoch", samples_per_epoch)
+        if max_device_tokens is not None:
+            check_whole("max_device_tokens", max_device_tokens, instead=", or None for no bound")
         self.train_set, self.val_set, self.test_set = train, val, test
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -18,6 +18,7 @@ from lightning_bsl.callbacks.micro_batches import is_out_of_memory
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.population.data import PopulationData
 from lightning_bsl.population.module import Loss, Outcome, Population
+from lightning_bsl.schedules.checks import check_whole
 
 # a CPU is fastest with replicas that take about 64 MiB together, near the size of its caches;
 # a pass has at least 8 replicas, if they take no more than 1 GiB
@@ -70,8 +71,8 @@ class Grid:
                 raise ValueError(f"`{name}={values}` must hold finite values above 0")
         for name in ("max_examples", "extra_steps", "probe", "replicas_per_pass"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}={value}` must be 1 or more")
+            if value is not None:
+                check_whole(name, value)
         if self.max_examples < max(self.batch_sizes):
             raise ValueError(
                 f"`max_examples={self.max_examples}` does not make one batch of {max(self.batch_sizes)}: write "

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from lightning_bsl.callbacks.loss_terms import count_terms, has_loss_terms
 from lightning_bsl.population.data import PopulationData
 from lightning_bsl.population.optimizer import PopulationAdam
+from lightning_bsl.schedules.checks import check_whole
 
 Status = Literal["reached", "not_reached", "diverged"]
 
@@ -164,8 +165,7 @@ class Population(LightningModule):
         if not replicas or not targets:
             raise ValueError(f"{len(replicas)} replicas and {len(targets)} targets: give at least one of each")
         for name, value in (("batch_size", batch_size), ("max_steps", max_steps), ("extra_steps", extra_steps)):
-            if value < 1:
-                raise ValueError(f"`{name}={value}` must be 1 or more")
+            check_whole(name, value)
         seeds = list(dict.fromkeys(seed for seed, _ in replicas))
         self.seeds = seeds
         self.replicas = [_Replica(seed, lr, seeds.index(seed)) for seed, lr in replicas]

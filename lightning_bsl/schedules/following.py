@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TypeVar
 
-from lightning_bsl.schedules.scaling import check_above_0
+from lightning_bsl.schedules.checks import check_above_0
 
 Value = TypeVar("Value", float, tuple[float, ...])
 FollowingFunction = Callable[[float, int], float]

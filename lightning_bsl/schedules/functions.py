@@ -11,9 +11,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import ClassVar
 
+from lightning_bsl.schedules.checks import check_length, check_number
 from lightning_bsl.schedules.progress import Progress, Unit, check_unit
 
 Function = Callable[[Progress], float]
@@ -30,34 +31,6 @@ def whole(length: int | float, total: Callable[[], int]) -> int:
         return int(length)
     # rounded up, so that the run has no more stages than asked for; 1e-9 is for rounding errors: 0.1 * 300 is 30, not 31
     return max(1, math.ceil(length * total() - 1e-9))
-
-
-def is_length(length: object) -> bool:
-    """Whether ``length`` is an ``int`` >= 1 or a ``float`` in (0, 1)."""
-    if isinstance(length, Integral) and not isinstance(length, bool):
-        return int(length) >= 1
-    return isinstance(length, float) and 0 < length < 1
-
-
-def check_length(name: str, length: int | float, optional: bool = False) -> None:
-    """Raise ``ValueError`` unless ``length`` is an ``int`` >= 1 or a ``float`` in (0, 1).
-
-    Args:
-        name: Name of the argument.
-        length: Its value.
-        optional: Whether the argument may be left out.
-    """
-    if not is_length(length):
-        raise ValueError(
-            f"`{name}={length!r}` is not a length: write an int of 1 or more{', or leave it out' if optional else ''} (that "
-            "many units), or a float between 0 and 1 (that fraction of the run)"
-        )
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise ``ValueError`` unless ``value`` is a number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"`{name}={value!r})` is not a number: write an int or a float")
 
 
 @dataclass(frozen=True, kw_only=True)

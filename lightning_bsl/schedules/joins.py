@@ -11,6 +11,7 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any, Literal, get_args
 
+from lightning_bsl.schedules.checks import check_length, check_number, is_length
 from lightning_bsl.schedules.functions import (
     Constant,
     Cosine,
@@ -18,9 +19,6 @@ from lightning_bsl.schedules.functions import (
     Linear,
     Schedule,
     _Shape,
-    check_length,
-    check_number,
-    is_length,
     whole,
 )
 from lightning_bsl.schedules.progress import Progress, Unit

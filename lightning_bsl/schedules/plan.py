@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.functions import Exponential, Schedule
 from lightning_bsl.schedules.joint import JointSchedule
 from lightning_bsl.schedules.progress import Horizon, Progress
@@ -426,8 +426,8 @@ def plan(
     if all(value is None for value in horizons.values()):
         raise ValueError("a plan needs a horizon: write `epochs`, `steps` or `samples`")
     for name, value in (*horizons.items(), ("num_examples", num_examples), ("tokens_per_sample", tokens_per_sample)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
-            raise ValueError(f"`{name}={value}` must be 1 or more, as a whole number")
+        if value is not None:
+            check_whole(name, value)
     if epoch_length is not None:
         divide: _EpochStretches = partial(_stretches_of_one_size, num_examples=num_examples, length=epoch_length)
     else:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from numbers import Real
 
-
-def check_above_0(name: str, value: object) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{name}={value!r}): write a finite number above 0")
+from lightning_bsl.schedules.checks import check_above_0
 
 
 @dataclass(frozen=True)

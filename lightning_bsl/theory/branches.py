@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.theory.surge import LEVEL, Estimate
 
 
@@ -83,8 +84,7 @@ def critical_batch_by_branches(
     """
     check_tolerance(tolerance, smoothing)
     factors = check_factors(list(losses))
-    if batch_size < 1:
-        raise ValueError(f"`batch_size={batch_size}` must be 1 or more")
+    check_whole("batch_size", batch_size)
     points = np.asarray(samples, dtype=np.float64)
     if points.ndim != 1 or not points.size or not (np.diff(points) > 0).all() or points[-1] <= 0:
         raise ValueError("`samples` must be one row of increasing numbers, the last of them above 0")

@@ -12,6 +12,7 @@ import math
 import sys
 from typing import Literal, NamedTuple, cast
 
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.joint import sfo_exponent
 from lightning_bsl.theory.bounds import BoundConstants, BoundTerms, stalls
 
@@ -205,8 +206,8 @@ def growth_to_reach(
         raise ValueError(f"unknown unit {unit!r}; write 'step' or 'epoch'")
     if num_examples is None and unit == "epoch":
         raise ValueError("stages in epochs need `num_examples`: write the number of training examples")
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"`num_examples={num_examples}` must be 1 or more")
+    if num_examples is not None:
+        check_whole("num_examples", num_examples)
     terms: list[BoundTerms] = []
     total, lowest = BoundTerms(0, 0, 0.0, 0.0, 0.0), math.inf
     why = "the sum of the learning rates is finite, or the noise does not vanish"

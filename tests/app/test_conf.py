@@ -68,6 +68,31 @@ def test_every_preset_takes_every_choice(scheduler: str, override: str) -> None:
     assert plan.samples == 14 * 1440
 
 
+FIRST_SIZES = [
+    (("scheduler=constant", "scheduler.batch_size.start=16"), 16),
+    (("scheduler=adaptive", "scheduler.batch_size=24"), 24),
+    (("scheduler=seesaw",), 8),
+    (("scheduler/batch_size=milestones",), 32),
+    (("scheduler/batch_size=linear",), 32),
+]
+
+
+@pytest.mark.parametrize("overrides, first", FIRST_SIZES)
+def test_what_follows_starts_from_the_first_batch_size(overrides: tuple[str, ...], first: int) -> None:
+    cfg = compose_config(*overrides, "scheduler/follow=adamw", "callbacks=batch_ema")
+    rules = [*instantiate(cfg.scheduler).follow.values(), instantiate(cfg.callbacks.batch_ema).rule]
+    assert [rule.base_batch_size for rule in rules] == [first] * 3
+
+
+@pytest.mark.parametrize("batch_size", ["megatron", "sequence"])
+def test_a_first_batch_size_that_is_not_written_down_is_asked_for(batch_size: str) -> None:
+    cfg = compose_config(f"scheduler/batch_size={batch_size}", "scheduler/follow=half_life")
+    with pytest.raises(InstantiationException, match="write a finite number above 0"):
+        instantiate(cfg.scheduler)
+    cfg.scheduler.follow.betas.base_batch_size = 32
+    assert instantiate(cfg.scheduler).follow["betas"].base_batch_size == 32
+
+
 @pytest.mark.parametrize("lr", ["cosine", "linear", "polynomial", "warmup_stable_decay", "warmup_linear", "sequence"])
 def test_seesaw_takes_every_decay(lr: str) -> None:
     cfg = compose_config("scheduler=seesaw", f"scheduler/lr@scheduler.batch_size.lr={lr}")

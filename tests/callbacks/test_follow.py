@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -414,7 +415,7 @@ def test_a_rate_that_starts_at_0_keeps_the_ratios_of_the_groups() -> None:
 ])  # fmt: skip
 def test_the_plan_has_the_constants(choice: str, names: list[str], tmp_path: Path) -> None:
     cfg = compose_config("optimizer=adamw", "scheduler.batch_size.start=16", f"scheduler/follow={choice}")
-    constants_at = _constants(cfg)
+    constants_at = _constants(cfg, instantiate(cfg.scheduler))
     half_life, timescale = HalfLife(16), DecayTimescale(16)
     values = {"beta1": half_life(0.9, 64), "beta2": half_life(0.999, 64), "weight_decay": timescale(0.01, 64)}
     assert constants_at(64) == {name: values[name] for name in names}
@@ -424,4 +425,5 @@ def test_the_plan_has_the_constants(choice: str, names: list[str], tmp_path: Pat
     assert header.split(",")[-len(names) :] == names
     assert [float(value) for value in last.split(",")[-len(names) :]] == [values[name] for name in names]
     assert [column.header for column in plan_table(doubled, constants_at).columns][-len(names) :] == names
-    assert _constants(compose_config("optimizer=adamw"))(64) == {}
+    plain = compose_config("optimizer=adamw")
+    assert _constants(plain, instantiate(plain.scheduler))(64) == {}
