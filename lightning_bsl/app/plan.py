@@ -9,7 +9,6 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
 
 import hydra
 import torch
@@ -22,8 +21,8 @@ from torch.nn import Parameter
 from lightning_bsl.app.compose import CONF, make_constants, make_plan
 from lightning_bsl.callbacks import BatchLRScheduler
 from lightning_bsl.callbacks.constants import FollowingConstants
-from lightning_bsl.report import compare_table, console, plan_table, plot_comparison, plot_plan, theory_table
-from lightning_bsl.schedules import Plan, to_megatron
+from lightning_bsl.report import compare_table, console, megatron_line, plan_table, plot_comparison, plot_plan, theory_table
+from lightning_bsl.schedules import Plan
 from lightning_bsl.schedules.plan import ConstantsAt
 
 
@@ -51,7 +50,7 @@ def _main(cfg: DictConfig) -> None:
         out.print(theory_table(plan, constants))
     plan.to_csv(folder / "plan.csv", constants_at)
     plot_plan(plan, folder / "plan.png", constants)
-    if line := _for_megatron(plan):
+    if line := megatron_line(plan):
         out.print(line, soft_wrap=True, highlight=False)
     out.print(f"{folder}: plan.csv, plan.png", soft_wrap=True)
 
@@ -72,14 +71,6 @@ def _constants(cfg: DictConfig, scheduler: BatchLRScheduler) -> ConstantsAt:
     node = OmegaConf.select(cfg, "model.optimizer") or cfg.get("optimizer")
     optimizers = [instantiate(node)([Parameter(torch.zeros(1))])] if rules and node else []
     return FollowingConstants(optimizers, rules if optimizers else {}, ExitStack()).at
-
-
-def _for_megatron(plan: Plan) -> str | None:
-    """The batch sizes in the words of Megatron-LM; ``None`` for a constant batch, or where they count tokens."""
-    if len({stage.batch_size for stage in plan.stages}) == 1 or plan.stretches[0][0].sizes is not None:
-        return None
-    unit: Literal["tokens", "samples"] = "samples" if plan.horizon.tokens_per_sample is None else "tokens"
-    return f'in {unit}, for Megatron-LM: --step-batch-size-schedule "{to_megatron(plan, unit)}"'
 
 
 def _with_scheduler(name: str) -> DictConfig:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from lightning_bsl.app.commands import command
 from lightning_bsl.app.compose import CONF, known_warnings, make_constants, make_plan, make_trainer
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
-from lightning_bsl.report import bound_line, console, plan_table, plot_run, run_table
+from lightning_bsl.report import bound_line, console, megatron_line, plan_table, plot_run, run_table
 from lightning_bsl.runs import read_metrics
 from lightning_bsl.runs.folder import FINISHED, Finished, finish_run, open_run, write_bound
 from lightning_bsl.schedules import Plan
@@ -86,6 +86,8 @@ def train(cfg: DictConfig) -> float | None:
     plan = scheduler.plan
     if isinstance(scheduler, AdaptiveBatchLRScheduler) and (plan := make_plan(cfg, scheduler, datamodule)):
         record.write(plan)
+        if line := megatron_line(plan):
+            out.print(line, soft_wrap=True, highlight=False)
     if (folder / "metrics.csv").exists():
         rows = read_metrics(folder / "metrics.csv")
         if last is None:  # a run that was interrupted after its last step has nothing left to log

@@ -325,7 +325,7 @@ def refuse_sharded(trainer: Trainer, name: str, needs: str) -> None:
         )
 
 
-def check_sharding(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+def check_sharding(trainer: Trainer, pl_module: LightningModule, trained: list[Tensor], name: str) -> None:
     """Refuse strategies with which a process does not compute whole gradients of its own examples.
 
     With ``fully_shard`` it does: its backward pass computes them, and only then they are averaged and sharded.
@@ -333,6 +333,7 @@ def check_sharding(trainer: Trainer, pl_module: LightningModule, name: str) -> N
     Args:
         trainer: The Trainer, after its strategy was set up.
         pl_module: The LightningModule.
+        trained: The parameters that the optimizer trains.
         name: Name of the callback that measures these gradients.
 
     Raises:
@@ -352,25 +353,13 @@ def check_sharding(trainer: Trainer, pl_module: LightningModule, name: str) -> N
             f"with `tensor_parallel_size={parallel}` no process computes whole gradients, which {name} needs; write "
             f"`tensor_parallel_size=1`, or leave {name} out"
         )
-    trained = [
-        parameter
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    ]
     for parameter in trained:
-        placements = getattr(parameter, "placements", None)
-        if placements is None or parameter.device_mesh.size() != trainer.world_size:
+        mesh = getattr(parameter, "device_mesh", None)  # of a DTensor
+        if mesh is None or mesh.size() != trainer.world_size:
             raise MisconfigurationException(
                 f"a parameter of shape {tuple(parameter.shape)} is not sharded over all {trainer.world_size} processes, so its "
-                f"gradients are not averaged over them, and {name} cannot measure them; call `fully_shard` on a module that "
-                "holds it, in `configure_model`"
-            )
-        if not all(placement.is_shard() or placement.is_replicate() for placement in placements):
-            raise MisconfigurationException(
-                f"a parameter has the placements {placements}, which are not those of `fully_shard` alone, so no process "
-                f"computes its whole gradient; leave {name} out"
+                f"gradient is not averaged over them, and {name} cannot measure it; call `fully_shard` in `configure_model` on "
+                "a module that holds it"
             )
     required = sum(parameter.requires_grad for parameter in pl_module.parameters())
     if required != len(trained):

@@ -28,6 +28,11 @@ from lightning_bsl.data.sampler import Cut
 from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.theory.noise_scale import NoiseEstimate, NoiseScale, Pieces, noise_interval
 
+_WHERE_SEEN = (
+    "With ModelParallelStrategy it sees the gradients of parameters that `fully_shard` shards, and that are used in the "
+    "forward pass of a module that holds them, called as `module(...)`: use them there, or leave GradientNoiseScale out"
+)
+
 
 class _StepGradients:
     """The gradient norms of the step that is measured, for each piece (micro-batch).
@@ -58,13 +63,14 @@ class _StepGradients:
                 self.watched[id(parameter)] = False
                 self.hooks.append(parameter.register_hook(partial(self._record, id(parameter))))
 
-    def watch_forward(self, module: Module) -> None:
-        """Watch the tensors that ``fully_shard`` puts in the place of sharded parameters: only theirs are whole gradients.
+    def watch_sharded(self, module: Module, parameters: Iterable[Tensor]) -> None:
+        """Watch the tensors that ``fully_shard`` puts in the place of parameters: only theirs are whole gradients.
 
-        It does so at the start of a module's forward pass, for the parameters of this module and of modules inside it.
+        Each forward pass of a module watches its parameters and those of the modules in it. The sharded parameters themselves
+        get averaged gradients without a backward pass.
         """
-        for layer in module.modules():
-            self.hooks.append(layer.register_forward_pre_hook(self._watch_layer))
+        self.hooks = [layer.register_forward_pre_hook(self._watch_layer) for layer in module.modules()]
+        self.hooks += [parameter.register_hook(_refuse_sharded_gradient) for parameter in parameters]
 
     def _watch_layer(self, layer: Module, inputs: Any) -> None:
         if torch.is_grad_enabled():
@@ -104,6 +110,9 @@ class GradientNoiseScale(Callback):
     needs memory for 12 gradients. It needs a training loader that a measurement can read again; with another one there is a
     warning, and only steps of several pieces are measured.
 
+    **Sharded parameters.** With ``ModelParallelStrategy`` and ``fully_shard`` the processes and micro-batches are measured as
+    with DDP. All parameters that are trained must be sharded, and used in the forward passes of their modules.
+
     Training itself goes on bit for bit as without measurements. The callback measures the gradient of ``training_step``, before
     clipping. Batch sizes count examples. With ``per="terms"`` they count the terms that the LightningModule's
     ``loss_terms(batch)`` returns, such as tokens; Sigma is then the covariance of the gradients of single terms.
@@ -129,8 +138,10 @@ class GradientNoiseScale(Callback):
 
     Raises:
         ValueError: ``every``, ``probe_every`` or ``window`` below 1, ``probe_size`` below 6, an unknown ``per``.
-        MisconfigurationException: At the start of a fit: sharded parameters, manual optimization, ``per="terms"`` without a
-            method ``loss_terms``, or a loader whose batches have an unknown number of examples.
+        MisconfigurationException: At the start of a fit: manual optimization, ``per="terms"`` without a method ``loss_terms``,
+            or a loader whose batches have an unknown number of examples; FSDPStrategy, DeepSpeed, tensor parallelism, or
+            parameters that ``fully_shard`` leaves whole. At the first measurement: sharded parameters whose gradients it did
+            not see.
 
     Example:
         >>> trainer = Trainer(max_epochs=9, callbacks=[GradientNoiseScale()], logger=False, enable_checkpointing=False)
@@ -200,12 +211,13 @@ class GradientNoiseScale(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fits that cannot be measured."""
-        check_sharding(trainer, pl_module, type(self).__name__)
+        trained = [parameter for optimizer in trainer.optimizers for parameter in trained_parameters(optimizer)]
+        check_sharding(trainer, pl_module, trained, type(self).__name__)
         self._sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if self._sharded and self.probe_every is not None and trainer.world_size == 1:
             raise MisconfigurationException(
-                f"`probe_every={self.probe_every}`: with one process a probe needs whole gradients, which ModelParallelStrategy "
-                "does not keep; write `probe_every=None`, or leave the strategy out"
+                f"`probe_every={self.probe_every}`: with one process a probe needs whole gradients, which "
+                "ModelParallelStrategy does not keep; write `probe_every=None`, or leave the strategy out"
             )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -257,10 +269,11 @@ class GradientNoiseScale(Callback):
         """Start to record gradient norms, if this step is to be measured."""
         # a step that cannot have several pieces is not watched without need, since that takes time
         if not self._step.hooks and ((self._is_due(trainer) and _may_split(trainer)) or self._probe_is_due(trainer)):
+            parameters = trained_parameters(trainer.optimizers[0])
             if self._sharded:
-                self._step.watch_forward(pl_module)
+                self._step.watch_sharded(pl_module, parameters)
             else:
-                self._step.watch(trained_parameters(trainer.optimizers[0]))
+                self._step.watch(parameters)
         if self._step.hooks:
             self._step.batch, self._step.batch_idx, self._step.number = batch, batch_idx, logged_at(trainer)
 
@@ -296,11 +309,10 @@ class GradientNoiseScale(Callback):
             sq_norm = _sq_sum([norms]) / (piece.weight * scale) ** 2
             pieces = pieces.plus(self._size(piece), weight / trainer.world_size, sq_norm)
         gradients = [parameter.grad for parameter in trained_parameters(optimizer) if parameter.grad is not None]
-        if self._sharded and sum(step.watched.values()) != len(gradients):
+        seen = sum(step.watched.values())
+        if self._sharded and seen != len(gradients):
             raise MisconfigurationException(
-                f"{len(gradients)} parameters have gradients, and GradientNoiseScale saw those of {sum(step.watched.values())}. "
-                "With ModelParallelStrategy it sees those of parameters that `fully_shard` shards, that are used in forward "
-                "passes of their modules (not in other methods), and that the optimizer trains; else leave it out"
+                f"{len(gradients)} parameters have gradients, and GradientNoiseScale saw those of {seen}. {_WHERE_SEEN}"
             )
         sq_norm = _sq_sum(map(_held_norm, gradients))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -400,13 +412,20 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")  # a DTensor, which each version of torch has in another place
 
 
+def _refuse_sharded_gradient(gradient: Tensor) -> None:
+    raise MisconfigurationException(
+        "the loss uses a process's part of a parameter, outside forward passes or by tensor parallelism, so no process "
+        f"computes the whole gradient of its own examples. {_WHERE_SEEN}"
+    )
+
+
 def _held_norm(gradient: Tensor) -> Tensor:
     """The norm of what this process holds. The mean of its square over the processes is the squared norm of the gradient."""
     if not _is_sharded(gradient):
         return _norm(gradient)
-    sharded: Any = gradient
+    sharded = cast(Any, gradient)
     parts = math.prod(sharded.device_mesh.size(i) for i, each in enumerate(sharded.placements) if each.is_shard())
-    return _norm(sharded.to_local()) * parts**0.5  # other dimensions of the mesh hold copies
+    return _norm(sharded.to_local()) * math.sqrt(parts)  # other dimensions of the mesh hold copies
 
 
 def _sq_sum(norms: Iterable[Tensor]) -> float:

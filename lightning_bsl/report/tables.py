@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import add
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from lightning_bsl.runs.metrics import Row, curve, validated
-from lightning_bsl.schedules import Plan, Stage
+from lightning_bsl.schedules import Plan, Stage, to_megatron
 from lightning_bsl.schedules.plan import ConstantsAt
 from lightning_bsl.theory import BoundConstants, BoundTerms, asymptotic_rates, bound_terms, stalls
 
@@ -43,6 +44,14 @@ def plan_table(plan: Plan, constants_at: ConstantsAt = lambda batch_size: {}) ->
     table.add_section()
     table.add_row("all", "", f"{plan.epochs:g}", f"{plan.steps:,}", f"{plan.samples:,}", "", "")
     return table
+
+
+def megatron_line(plan: Plan) -> str | None:
+    """The batch sizes in the words of Megatron-LM; ``None`` for a constant batch, or where they count tokens."""
+    if len({stage.batch_size for stage in plan.stages}) == 1 or plan.stretches[0][0].sizes is not None:
+        return None
+    unit: Literal["tokens", "samples"] = "samples" if plan.horizon.tokens_per_sample is None else "tokens"
+    return f'in {unit}, for Megatron-LM: --step-batch-size-schedule "{to_megatron(plan, unit)}"'
 
 
 def theory_table(plan: Plan, constants: BoundConstants | None = None) -> Table:

@@ -292,9 +292,11 @@ def test_all_factors_come_to_the_marks_with_whole_steps(
 @pytest.mark.slow
 def test_an_adaptive_run_has_the_batch_of_its_stage(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "plot_critical_batches", lambda *_: None)
-    folder = train(tmp_path / "run", *RUN[:4], "trainer.max_epochs=4", "scheduler=adaptive", "scheduler.batch_size=4",
+    folder = tmp_path / "run"
+    printed = run("train.py", *RUN[:4], "trainer.max_epochs=4", "scheduler=adaptive", "scheduler.batch_size=4",
                    "scheduler.trigger.start=100", "scheduler.check_every=8", "scheduler.maximum=16", "scheduler.lr=0.02",
-                   "+callbacks.model_checkpoint.every_n_train_steps=12")  # fmt: skip
+                   "+callbacks.model_checkpoint.every_n_train_steps=12", *QUIET, folder=folder).out  # fmt: skip
+    assert 'in samples, for Megatron-LM: --step-batch-size-schedule "0:4 32:8 96:16"' in printed
     start = app.Start.read(checkpoint(folder, 12), folder, configuration(folder))
     assert start is not None
     assert (start.samples, start.batch_size, round(start.lr, 6)) == (8 * 4 + 4 * 8, 8, 0.028)  # gamma = 1.4

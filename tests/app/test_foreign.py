@@ -64,7 +64,11 @@ def test_the_scheduler_among_the_callbacks_of_a_template(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("callback", [choice for choice in choices("callbacks") if choice != "none"])
 def test_callbacks_stand_beside_those_of_others(callback: str, tmp_path: Path) -> None:
-    nodes = {"dataset": {"metric": "val/loss", "metric_mode": "min"}, "output_dir": str(tmp_path), "scheduler": {"batch_size": 8}}
+    nodes = {
+        "dataset": {"metric": "val/loss", "metric_mode": "min"},
+        "output_dir": str(tmp_path),
+        "scheduler": {"batch_size": 8},
+    }
     cfg = foreign(
         tmp_path, nodes | {"callbacks": {"theirs": {"_target_": "lightning.pytorch.Callback"}}}, f"+callbacks={callback}"
     )

@@ -665,9 +665,12 @@ def test_refusals() -> None:
     manual.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="manual optimization"):
         measured(model=manual, steps=2)
-    for strategy in (FSDPStrategy, DeepSpeedStrategy):
-        stub: Any = SimpleNamespace(strategy=strategy.__new__(strategy))
-        with pytest.raises(MisconfigurationException, match=f"needs whole gradients, which {strategy.__name__}"):
+    for strategy, message in {
+        FSDPStrategy: "flat parameters of FSDPStrategy; use `ModelParallelStrategy`",
+        DeepSpeedStrategy: "needs whole gradients, which DeepSpeedStrategy does not keep",
+    }.items():
+        stub: Any = SimpleNamespace(strategy=strategy.__new__(strategy), optimizers=[])
+        with pytest.raises(MisconfigurationException, match=message):
             GradientNoiseScale().on_fit_start(stub, Linear())
 
 
