@@ -15,7 +15,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -134,7 +134,19 @@ def name_of(value: object) -> str | None:
     return f"{value.page}: {value.script} {' '.join(value.arguments)}" if isinstance(value, Command) else None
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.script in HYDRA], ids=name_of)
+def composed() -> list[Any]:
+    """The commands of Hydra; by default run as many as it takes to have each override, the others are slow."""
+    seen: set[str] = set()
+    found = []
+    for command in COMMANDS:
+        if command.script in HYDRA:
+            overrides = {override for run in command.overrides() for override in run}
+            found.append(pytest.param(command, marks=() if overrides - seen else pytest.mark.slow))
+            seen |= overrides
+    return found
+
+
+@pytest.mark.parametrize("command", composed(), ids=name_of)
 def test_commands_compose(command: Command, tmp_path: Path) -> None:
     assert (ROOT / "scripts" / f"{command.script}.py").is_file()
     own = "--config-dir" in command.arguments

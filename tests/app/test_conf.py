@@ -22,33 +22,52 @@ from lightning_bsl.theory import BoundConstants
 OF_TRAIN = [(group, choice) for group, choice in CHOICES if group not in ("scale", "surge")]
 
 
-# what stands in a scheduler is tried by the next test
-@pytest.mark.quick(group=sorted({group for group, _ in OF_TRAIN} - {"experiment", "scheduler/lr", "scheduler/batch_size"}))
-@pytest.mark.quick(choice=["four_cases", "lr_growth"])
+# choices that have nothing to do with each other, each once; wandb may be missing
+TOGETHER = {
+    group: [choice for choice in choices(group) if choice != "wandb"]
+    for group in ("callbacks", "data", "logger", "optimizer", "scheduler", "trainer")
+}
+ROWS = [{group: of[i] for group, of in TOGETHER.items() if i < len(of)} for i in range(max(map(len, TOGETHER.values())))]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row.values()))
+def test_choices_compose_and_instantiate_together(row: dict[str, str], tmp_path: Path) -> None:
+    composes_and_instantiates(row, tmp_path)
+
+
+# what stands in a scheduler is tried by `test_every_preset_takes_every_choice`
+@pytest.mark.quick(group=["model", "scheduler/follow"])
+@pytest.mark.quick(choice=["four_cases", "lr_growth", "wandb"])
 @pytest.mark.parametrize("group, choice", OF_TRAIN)
 def test_every_choice_composes_and_instantiates(group: str, choice: str, tmp_path: Path) -> None:
-    if choice == "wandb":
+    composes_and_instantiates({group: choice}, tmp_path)
+
+
+def composes_and_instantiates(row: dict[str, str], folder: Path) -> None:
+    """Compose choices, by group, and make all that a run needs of them."""
+    if "wandb" in row.values():
         pytest.importorskip("wandb")
-    cfg = compose_config(f"{group}={choice}", f"hydra.runtime.output_dir={tmp_path}", *NEEDED.get(choice, ()))
+    needed = [override for choice in row.values() for override in NEEDED.get(choice, ())]
+    cfg = compose_config(*(f"{group}={choice}" for group, choice in row.items()), f"hydra.runtime.output_dir={folder}", *needed)
     scheduler = instantiate(cfg.scheduler)
     assert isinstance(scheduler, BatchLRScheduler)
     datamodule = instantiate(cfg.data)
     assert isinstance(datamodule, BatchSizeDataModule)
-    if not group.startswith("scheduler"):
+    if not any(group.startswith("scheduler/") for group in row):
         with torch.device("meta"):  # no time for 82M random numbers
             assert isinstance(instantiate(cfg.model), LightningModule)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gamma.*")  # linear and square-root scaling stand at or above the limit
         plan = make_plan(cfg, scheduler, datamodule)
-    if group != "scheduler" or choice in PLANNED:
+    if row.get("scheduler", PLANNED[0]) in PLANNED:
         assert plan is not None
-        assert group == "experiment" or plan.samples == cfg.trainer.max_epochs * datamodule.num_epoch_examples
+        assert "experiment" in row or plan.samples == cfg.trainer.max_epochs * datamodule.num_epoch_examples
     else:
         assert plan is None
     try:
         assert isinstance(make_trainer(cfg, scheduler), Trainer)
     except InstantiationException as error:  # no GPU here: Lightning's own word for it
-        assert choice in ("gpu", "ddp"), error
+        assert row.get("trainer") in ("gpu", "ddp"), error
         assert "CUDAAccelerator" in str(error) or "gpu" in str(error)
 
 

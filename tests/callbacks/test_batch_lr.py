@@ -121,9 +121,9 @@ BOUNDS: list[dict[str, Any]] = [
 
 
 CASES = [(name, bounds, 0) for name in SCHEDULES for bounds in BOUNDS] + [
-    ("step", BOUNDS[0], 2),  # starting workers takes its time
-    ("samples", BOUNDS[1], 2),
-    ("function", BOUNDS[4], 2),
+    ("samples", BOUNDS[1], 2),  # starting workers takes its time
+    pytest.param("step", BOUNDS[0], 2, marks=pytest.mark.slow),
+    pytest.param("function", BOUNDS[4], 2, marks=pytest.mark.slow),
 ]
 
 
@@ -428,7 +428,7 @@ RESUMED = [
     for name in ("epoch", "step", "samples")
     for on_epoch_end in (None, True, False)
     for datamodule in (own, in_order)
-] + [("step", None, lambda: own(num_workers=2))]
+] + [pytest.param("step", None, lambda: own(num_workers=2), marks=pytest.mark.slow)]
 
 
 @pytest.mark.quick(on_epoch_end=[None])

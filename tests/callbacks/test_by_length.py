@@ -172,7 +172,7 @@ def test_resumes_bit_for_bit(memory: int | None, tmp_path: Path) -> None:
     whole = Words(0.2, memory or 10**6)
     scheduler = go(whole, SaveAll(tmp_path))
     assert len({step for step, _ in whole.journal}) < len(whole.journal)
-    for path in sorted(tmp_path.iterdir())[:: 5 if memory is None else 3]:
+    for path in sorted(tmp_path.iterdir())[:: 9 if memory is None else 5]:
         model = Words(0.2, memory or 10**6)
         resumed = go(model, ckpt_path=path)
         assert equal(model, whole), path

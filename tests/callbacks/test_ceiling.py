@@ -143,7 +143,7 @@ def test_resume_knows_what_was_found(tmp_path: Path) -> None:
     every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = Limited(5)
     go(whole, "auto", every, enable_checkpointing=True)
-    for step in (2, 3, 4, 8):
+    for step in (3, 4):
         resumed = Limited(5)
         go(resumed, "auto", ckpt_path=tmp_path / f"step={step}.ckpt")
         assert resumed.failures == ([20, 10] if step < 4 else [])

@@ -209,8 +209,9 @@ def test_classifier(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_classifiers_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    # a sweep: torch counts compilations by code object, and gives up silently at the eighth
-    for _ in range(5):
+    # a sweep: torch counts compilations by code object, and gives up silently at a limit, which is 8 if nobody sets it
+    monkeypatch.setattr("torch._dynamo.config.cache_size_limit", 4)
+    for _ in range(3):
         model = classifier(counter := Counter(), monkeypatch, mlp(nn.BatchNorm1d(8)))
         fit(model, [2, 7, 15, 30], ours(samples_per_epoch=60))
         assert 1 <= counter.compilations <= 2

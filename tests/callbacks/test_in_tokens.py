@@ -214,7 +214,7 @@ def test_two_processes_train_as_one(schedule: Any, cap: Any, tokens: Any, pair: 
 # --- the plan and the sampler, without a fit
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=12, max_size=60),
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),

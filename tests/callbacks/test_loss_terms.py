@@ -84,7 +84,8 @@ def gradients(batch_size: int, *indices: int) -> list[float | None]:
 ORDERS = [(0, 1), (1, 0), (0, 1, 2, 3), (6, 0, 1, 7), (6, 7, 0, 1, 2), (0, 1, 6, 7, 4), (0, 6, 7, 1, 6, 3, 4, 5)]
 
 
-@pytest.mark.quick(batch_size=[4])
+@pytest.mark.quick(batch_size=[4], cap=[None, 1, 2, 3, "windows"])
+@pytest.mark.quick(batch_size=[4], indices=[ORDERS[1], ORDERS[4], ORDERS[6]])
 @pytest.mark.parametrize("indices", ORDERS)
 @pytest.mark.parametrize("batch_size", [2, 4])
 @pytest.mark.parametrize("cap", [None, 1, 2, 3, "auto", "windows"])
@@ -448,7 +449,7 @@ def by_hand(model: Words, schedule: Any, clip: float | None, epochs: int = 2) ->
     return train_sentences_by_hand(model, SENTENCES, steps, clip)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     schedule=st.sampled_from([GROWING, SHRINKING]),
     cap=st.integers(1, 31) | st.just("auto"),

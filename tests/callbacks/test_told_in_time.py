@@ -20,6 +20,7 @@ from harness.files import flat
 from harness.fits import fit, trained
 from harness.loops import train_by_hand
 from harness.modules import Recorder, Regression, assert_close, equal
+from harness.tiers import diagonal
 from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.data import GlobalBatchSampler
 from lightning_bsl.schedules import Exponential, JointSchedule, Milestones, Progress, plan
@@ -78,8 +79,7 @@ def test_batch_norm_that_has_two_values() -> None:
 # --- drop_last
 
 
-@pytest.mark.parametrize("sizes", [7, Milestones([7, 12, 5], at=[3, 9], unit="step")])
-@pytest.mark.parametrize("cap", [None, 4])
+@pytest.mark.parametrize("sizes, cap", diagonal([7, Milestones([7, 12, 5], at=[3, 9], unit="step")], [None, 4]))
 def test_drop_last(sizes: Any, cap: Any, tmp_path: Path) -> None:
     def go(path: Path | None = None) -> tuple[Regression, BatchLRScheduler]:
         saver = ModelCheckpoint(tmp_path / str(path is None), "{step}", every_n_train_steps=1, save_top_k=-1)

@@ -873,12 +873,12 @@ def test_a_reader_refuses(data: str, row: str, tmp_path: Path) -> None:
 
 
 QUICK = {
-    "fashion_mnist": ["images cut short", "a web page", "two of four"],
-    "cifar10": ["a pickle with code", "cut short"],
-    "cifar100": ["the other data set", "a label too large"],
-    "tiny_imagenet": ["a folder that is no class", "a broken image"],
-    "text": ["null", "Latin-1", "validation alone"],
-    "eli5": ["answers null", "not there"],
+    "fashion_mnist": ["two of four"],
+    "cifar10": ["a pickle with code"],
+    "cifar100": ["a label too large"],
+    "tiny_imagenet": ["a broken image"],
+    "text": ["validation alone"],
+    "eli5": ["answers null"],
 }
 
 

@@ -15,7 +15,7 @@ from kill_resume import Line, differences, read_state
 @pytest.mark.parametrize(
     "options",
     [
-        "--kills 4 --seed 2 --exact --epochs 4",
+        "--kills 2 --seed 2 --exact --epochs 3",
         pytest.param("--kills 20 --seed 2 --exact", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --exact --cap 7", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 2", marks=pytest.mark.slow),

@@ -58,7 +58,7 @@ def check_as_planned(plan: Path, run: Path, overrides: tuple[str, ...], num_exam
 
 
 @pytest.mark.parametrize("overrides", [
-    ("scheduler=increasing_both", "trainer.max_epochs=4"),
+    pytest.param(("scheduler=increasing_both", "trainer.max_epochs=4"), marks=pytest.mark.slow),
     pytest.param(("scheduler=increasing_decaying", "scheduler/lr=diminishing", "trainer.max_epochs=3"), marks=pytest.mark.slow),
     ("scheduler=increasing_decaying", "scheduler/lr=polynomial", "scheduler/batch_size=polynomial", "trainer.max_epochs=4"),
     ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step",
@@ -167,51 +167,55 @@ def test_two_processes(launched_by: str, pair: Pair, tmp_path: Path) -> None:
 
 def test_sweep_of_the_four_cases(run: Run, tmp_path: Path) -> None:
     run("train.py", "-m", "scheduler=constant_decaying,increasing_decaying,increasing_both,increasing_warmup",
-        "trainer.max_epochs=4", "data.samples_per_epoch=160", *NARROW, folder=tmp_path / "sweep")  # fmt: skip
+        "trainer.max_epochs=2", "data.samples_per_epoch=160", *NARROW, folder=tmp_path / "sweep")  # fmt: skip
     runs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/metrics.csv"))
     assert len(runs) == 4
     assert all((folder / "curves.png").exists() for folder in runs)
 
 
 def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
-    common = ("scheduler.batch_size.every=2", "scheduler.lr.every=2", "data.samples_per_epoch=320", *NARROW)
-    run("train.py", *common, "trainer.max_epochs=8", folder=tmp_path / "whole")
-    run("train.py", *common, "trainer.max_epochs=4", folder=tmp_path / "first")
+    common = ("scheduler.batch_size.every=1", "scheduler.lr.every=1", "data.samples_per_epoch=160", *NARROW)
+    run("train.py", *common, "trainer.max_epochs=4", folder=tmp_path / "whole")
+    run("train.py", *common, "trainer.max_epochs=2", folder=tmp_path / "first")
     run(
         "train.py",
         *common,
-        "trainer.max_epochs=8",
+        "trainer.max_epochs=4",
         f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt",
         folder=tmp_path / "then",
     )
     whole, then = read(tmp_path / "whole" / "metrics.csv"), read(tmp_path / "then" / "metrics.csv")
     columns = ("epoch", "step", "samples", "batch_size", "lr", "train/loss", "val/loss", "val/accuracy")
-    expected = [[row[name] for name in columns] for row in whole if int(row["epoch"]) >= 4]
-    assert [[row[name] for name in columns] for row in then if int(row["epoch"]) >= 4] == expected
+    expected = [[row[name] for name in columns] for row in whole if int(row["epoch"]) >= 2]
+    assert [[row[name] for name in columns] for row in then if int(row["epoch"]) >= 2] == expected
 
 
 @pytest.mark.parametrize("overrides, messages", [
     (("scheduler=adaptative",), ("adaptative", "increasing_both")),
-    (("trainer.max_epoch=3",), ("max_epoch",)),
+    pytest.param(("trainer.max_epoch=3",), ("max_epoch",), marks=pytest.mark.slow),
     (("scheduler.batch_size.unit=epochs",), ("'epochs'", "'epoch'", "'samples'")),
     pytest.param(("scheduler.batch_size.every=0",), ("every=0",), marks=pytest.mark.slow),
-    (("scheduler.batch_size.factor=0.5",), ("batch size is 0.5", "minimum=1")),
+    pytest.param(("scheduler.batch_size.factor=0.5",), ("batch size is 0.5", "minimum=1"), marks=pytest.mark.slow),
     pytest.param(("scheduler.batch_size.factor=-2",), ("factor=-2",), marks=pytest.mark.slow),
     (("scheduler.batch_size.maximum=4096", "trainer.max_epochs=30"), ("1440", "maximum")),
-    (("scheduler/lr=constant", "optimizer.lr=0"), ("lr=0.0", "give it a learning rate above 0")),
+    pytest.param(("scheduler/lr=constant", "optimizer.lr=0"), ("lr=0.0", "give it a learning rate above 0"),
+                 marks=pytest.mark.slow),
     pytest.param(("scheduler.lr.start=-0.1",), ("-0.1",), marks=pytest.mark.slow),
     pytest.param(("scheduler.lr.start=.nan",), ("nan",), marks=pytest.mark.slow),
     pytest.param(("scheduler=increasing_warmup", "trainer.max_epochs=1"), ("warm-up", "longer"), marks=pytest.mark.slow),
-    (("trainer.max_epochs=-1",), ("max_epochs", "every")),
+    pytest.param(("trainer.max_epochs=-1",), ("max_epochs", "every"), marks=pytest.mark.slow),
     (("data=pydoc", "model=gpt_tiny", "model.net.n_positions=32"), ("64 tokens", "`block_size=32`", "`n_positions=64`")),
     pytest.param(("data=pydoc", "model=gpt_tiny", "model.net.vocab_size=999"), ("2048 tokens", "999", "`vocab_size=2048`"),
                  marks=pytest.mark.slow),
     pytest.param(("data=pydoc", "model=gpt_tiny", "data.block_size=20000"), ("do not fill one block of 20000",),
                  marks=pytest.mark.slow),
-    (("data=text", "model=gpt_tiny", "data.root=nowhere"), ("nowhere is not there", "data.root=DIR")),
+    pytest.param(("data=text", "model=gpt_tiny", "data.root=nowhere"), ("nowhere is not there", "data.root=DIR"),
+                 marks=pytest.mark.slow),
     (("data=eli5", "model=gpt_tiny", "data.root=nowhere"), ("nowhere/eli5_category", "data.download=true")),
-    (("scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=99"), ("counts in tokens", "unit='samples'")),
-    (("data=cifar10", "data.root=nowhere"), ("nowhere", "data.root", "data.download=true")),
+    pytest.param(("scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=99"),
+                 ("counts in tokens", "unit='samples'"), marks=pytest.mark.slow),
+    pytest.param(("data=cifar10", "data.root=nowhere"), ("nowhere", "data.root", "data.download=true"),
+                 marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_training(
     overrides: tuple[str, ...], messages: tuple[str, ...], run: Run, tmp_path: Path
@@ -272,9 +276,9 @@ def test_plans_side_by_side(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--compare=increasing_both,nonsense",), "nonsense"),
+    pytest.param(("--compare=increasing_both,nonsense",), "nonsense", marks=pytest.mark.slow),
     (("--compare=",), "--compare needs schedulers"),
-    (("--compare=increasing_both,adaptive",), "a scheduler that measures before it decides"),
+    (("--compare=adaptive",), "a scheduler that measures before it decides"),
     (("--compare=constant,increasing_both", "trainer.max_steps=50"), "equal samples"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:

@@ -42,20 +42,20 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, when: Callable[[NoisyQuadratic], 
 
 def test_goes_on_with_more_trials(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "search"
-    run("search.py", *TINY, "search.trials=3", folder=folder)
-    three, files = trials(folder), metrics(folder)
-    assert [(number, state) for number, state, *_ in three] == [(number, "COMPLETE") for number in range(3)]
-    assert list(files) == ["trial_000", "trial_001", "trial_002"]
+    run("search.py", *TINY, "search.trials=2", folder=folder)
+    two, files = trials(folder), metrics(folder)
+    assert [(number, state) for number, state, *_ in two] == [(number, "COMPLETE") for number in range(2)]
+    assert list(files) == ["trial_000", "trial_001"]
 
-    printed = run("search.py", *TINY, "search.trials=5", folder=folder).out
-    five = trials(folder)
-    assert five[:3] == three
-    assert len({str(params) for *_, params, _ in five}) == len(five) == 5  # a seeded sampler might begin anew
+    printed = run("search.py", *TINY, "search.trials=4", folder=folder).out
+    four = trials(folder)
+    assert four[:2] == two
+    assert len({str(params) for *_, params, _ in four}) == len(four) == 4  # a seeded sampler might begin anew
     assert files.items() <= metrics(folder).items()
-    assert "trial_002:" not in printed and "trial_003:" in printed
+    assert "trial_001:" not in printed and "trial_002:" in printed
 
     *_, command = printed.strip().splitlines()
-    best = min(five, key=lambda trial: trial[3])
+    best = min(four, key=lambda trial: trial[3])
     assert command.startswith(f"python {ROOT / 'scripts' / 'train.py'} data=quadratic data.num_examples=256")
     repeated = compose_config(*shlex.split(command)[2:])
     scheduler = repeated.scheduler
@@ -113,7 +113,7 @@ def test_leaves_out_what_is_refused(run: Run, tmp_path: Path) -> None:
     pytest.param(("search.eta_0=[1e30,1e35]",), "train/loss", marks=pytest.mark.slow),
     (("logger=none", "dataset.metric=val/nothing"), "no val/nothing was logged"),
     (("trainer=ddp_cpu",), "trainer.devices=1"),
-    (("scheduler=constant",), "scheduler.batch_size.factor"),
+    pytest.param(("scheduler=constant",), "scheduler.batch_size.factor", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_says_why_it_finds_nothing(overrides: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
     assert message in run("search.py", *TINY, *overrides, "search.trials=2", folder=tmp_path, fails=True).both

@@ -109,7 +109,7 @@ def test_a_replica_is_the_run_of_the_train_script(overrides: tuple[str, ...], lr
     assert_equal(together, index, trained_alone(tmp_path, *replicas[index], 6, 20, *overrides))
 
 
-@pytest.mark.parametrize("sign", [(), (SIGN,)])
+@pytest.mark.parametrize("sign", [(), pytest.param((SIGN,), marks=pytest.mark.slow)])
 def test_others_that_leave_change_nothing(sign: tuple[str, ...], tmp_path: Path) -> None:
     cfg = compose_config(*CNN, *sign)
     outcomes: list[Outcome] = []
@@ -123,7 +123,7 @@ def test_others_that_leave_change_nothing(sign: tuple[str, ...], tmp_path: Path)
     assert_equal(together, 0, trained_alone(tmp_path, 1, 1e-4, 8, 60, *CNN, *sign))
 
 
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0)])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), pytest.param((0.0, 0.0), marks=pytest.mark.slow)])
 def test_resumed_it_goes_on_as_if_uninterrupted(betas: tuple[float, float], tmp_path: Path) -> None:
     options: dict[str, Any] = {"betas": betas, "targets": [2.25, 2.0], "extra_steps": 5}
     replicas = [(0, 1e200), (0, 0.02), (1, 0.02), (1, 1e-4)]
@@ -177,7 +177,7 @@ def steps_alone(seed: int, lr: float, most: int, data: Digits, probe: Any) -> tu
     raise AssertionError
 
 
-@pytest.mark.parametrize("seeds", [4, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_steps_to_the_target_are_those_of_plain_loops(seeds: int) -> None:
     replicas = [(seed, lr) for lr in (0.02, 0.015, 0.01, 0.008) for seed in range(seeds)]
     outcomes: list[Outcome] = []
@@ -203,9 +203,9 @@ def test_what_diverges_is_noted_and_harms_nobody() -> None:
     outcomes: dict[str, list[Outcome]] = {"with": [], "without": []}
     healthy = [(0, 0.02), (1, 0.02)]
     for name, replicas in (("with", [healthy[0], (2, 1e200), healthy[1]]), ("without", healthy)):
-        trained_together(make_cnn, Digits(), replicas, 300, targets=[2.0, 1.5], max_steps=300, on_end=outcomes[name].extend)
+        trained_together(make_cnn, Digits(), replicas, 300, targets=[2.2, 2.0], max_steps=300, on_end=outcomes[name].extend)
     diverged = [each for each in outcomes["with"] if each.seed == 2]
-    assert [(each.target, each.status, each.steps) for each in diverged] == [(2.0, "diverged", 10), (1.5, "diverged", 10)]
+    assert [(each.target, each.status, each.steps) for each in diverged] == [(2.2, "diverged", 10), (2.0, "diverged", 10)]
     assert not any(math.isfinite(each.loss) for each in diverged)
     others = [each for each in outcomes["with"] if each.seed != 2]
     assert len(others) == len(outcomes["without"]) == 4
@@ -295,7 +295,7 @@ def test_mixed_half_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_half_precision_trains() -> None:
     outcomes: list[Outcome] = []
     trained_together(
-        make_cnn, Digits(), [(0, 0.02), (1, 0.02)], 500, targets=[1.8], max_steps=500, on_end=outcomes.extend,
+        make_cnn, Digits(), [(0, 0.02), (1, 0.02)], 500, targets=[2.1], max_steps=500, on_end=outcomes.extend,
         precision="bf16-mixed",
     )  # fmt: skip
     assert [each.status for each in outcomes] == ["reached"] * 2

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from harness.runs import write_run
@@ -24,6 +26,19 @@ CRITICAL_BATCHES = pd.DataFrame({
 })  # fmt: skip
 
 
+def draw_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """The other figures are empty files, which saves most of the time."""
+    draw = Figure.savefig
+
+    def savefig(figure: Figure, path: Path, **options: Any) -> None:
+        if path.stem in names:
+            draw(figure, path, **options)
+        else:
+            path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+
 def run_with_noise(folder: Path, columns: tuple[str, ...] = COLUMNS) -> Path:
     write_run(folder, ["scheduler=constant"], columns=columns)
     if "gradient_noise_scale" in columns:
@@ -38,7 +53,10 @@ def run_with_noise(folder: Path, columns: tuple[str, ...] = COLUMNS) -> Path:
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, *(pytest.param(COLUMNS[:number], marks=pytest.mark.slow) for number in (8, 9))])
-def test_the_report_draws_them_beside_the_noise_scale(columns: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_report_draws_them_beside_the_noise_scale(
+    columns: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_only(monkeypatch, "critical_batches")
     first = run_with_noise(tmp_path / "0", columns)
     write_run(tmp_path / "1", ["scheduler=increasing"])
     write_critical_batches(first, CRITICAL_BATCHES)
@@ -50,7 +68,8 @@ def test_the_report_draws_them_beside_the_noise_scale(columns: tuple[str, ...], 
     assert "critical batch size and noise scale against samples" in files[0].read_text()
 
 
-def test_a_report_without_branches_has_no_such_figure(tmp_path: Path) -> None:
+def test_a_report_without_branches_has_no_such_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch)
     (write_run(tmp_path / "0") / CRITICAL).write_text("samples\n")  # cut short
     assert read_critical_batches(tmp_path / "0") is None
     found = find_runs([tmp_path])

@@ -6,6 +6,8 @@ import re
 from html import unescape
 from pathlib import Path
 
+import pytest
+
 from harness.files import csv_rows
 from harness.runs import sweep, write_run
 from lightning_bsl.report import write_report
@@ -13,6 +15,12 @@ from lightning_bsl.report.markup import NONE
 from lightning_bsl.runs import Target, default_baseline, find_runs, group_runs
 
 SCRIPT = "<script>alert(1)<"
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty files: what is tested here is the text, and to draw them takes most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).touch())
 
 
 def page_of(folder: Path, *targets: Target) -> str:

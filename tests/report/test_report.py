@@ -70,7 +70,9 @@ def test_run_table_has_the_finished_stages(text: str, stages: int, tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize("schedule", [GROWING, JointSchedule(8, Diminishing(0.1)), JointSchedule(8)])
+@pytest.mark.parametrize(
+    "schedule", [GROWING, pytest.param(JointSchedule(8, Diminishing(0.1)), marks=pytest.mark.slow), JointSchedule(8)]
+)
 def test_figures_are_written(schedule: JointSchedule, tmp_path: Path) -> None:
     plot_plan(plan(schedule, 100, epochs=2), tmp_path / "plan.png")
     plot_run(read_metrics(write_metrics(tmp_path / "metrics.csv")), tmp_path / "curves.png")

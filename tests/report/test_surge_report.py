@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from html import unescape
 from pathlib import Path
 
@@ -358,10 +359,17 @@ def test_what_a_preset_changes_is_part_of_the_settings(tmp_path: Path) -> None:
 # --- the command
 
 
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on figures are empty files, which saves most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).touch())
+
+
 def test_report_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = grid(targets=[(0.8, 20.0), (0.6, NOISE)], seeds=8, sizes=SIZES[:8])
     write(tmp_path, [each for each in outcomes if each.batch_size < 256 or each.seed < 3])
     hydra_folder(tmp_path, "data=fashion_mnist", "model=cnn5", "optimizer.betas=[0.0,0.0]")
+    # the intervals of the fits are tested above; to draw as many seeds as usual takes most of the time
+    monkeypatch.setattr("lightning_bsl.app.surge_report.analyse_surge", partial(analyse_surge, fits=20))
     assert run_script(SCRIPT, tmp_path, monkeypatch=monkeypatch) == 0
     out, printed = tmp_path / "report", capsys.readouterr().out
     last = printed.rstrip().splitlines()[-1]
@@ -385,6 +393,7 @@ def test_report_of_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         if row["value"]
     }
     assert fits["0.6", "noise_batch_size", "log"] == pytest.approx(NOISE, rel=0.3)
+    undrawn(monkeypatch)
     assert run_script(SCRIPT, tmp_path, "--target=0.6", "--out", tmp_path / "again", monkeypatch=monkeypatch) == 0
     assert {row["target"] for row in csv_rows(tmp_path / "again" / "surge.csv")} == {"0.6"}
 

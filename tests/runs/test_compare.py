@@ -216,6 +216,11 @@ def test_bound_beside_the_measurement(tmp_path: Path) -> None:
 # --- the command
 
 
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on figures are empty files, which saves most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).touch())
+
+
 def test_report_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sweep(tmp_path)
     write_run(tmp_path / "6", ["scheduler=increasing_both", "seed=3"], [3, 2], epochs=6)
@@ -240,11 +245,13 @@ def test_report_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     (found,) = [row for row in rows if row["what"] == "ratio_to_increasing_both" and row["axis"] == "samples"]
     assert float(found["value"]) == pytest.approx(1 / (2 / 4 * 2 / 5 * 3 / 6) ** (1 / 3))
     assert found["interval"] == "paired"
+    undrawn(monkeypatch)
     assert run_script(SCRIPT, tmp_path, "--out", tmp_path / "again", monkeypatch=monkeypatch) == 0  # its own report is no run
     assert (tmp_path / "again" / "report.html").exists()
 
 
 def test_language_models_have_tokens_and_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undrawn(monkeypatch)
     text = "epoch,step,samples,tokens,batch_size,lr,val/perplexity\n0,9,100,6400,10,0.1,90\n0,19,200,12800,10,0.1,30\n"
     for seed in range(2):
         (write_run(tmp_path / str(seed), [f"seed={seed}"], epochs=2) / "metrics.csv").write_text(text)

@@ -275,9 +275,9 @@ def difference(decay: Milestones, arguments: dict[str, Any], **problem: Any) -> 
     ("arguments", "normalised", "rate"),
     [
         ({"exponent": 0, "coupling": "linear"}, False, 0.05),
-        ({"exponent": 0.5, "coupling": "linear", "cut": 4}, False, 0.05),
+        pytest.param({"exponent": 0.5, "coupling": "linear", "cut": 4}, False, 0.05, marks=pytest.mark.slow),
         ({}, True, 0.02),
-        ({"exponent": 0.75, "cut": 4}, True, 0.02),
+        pytest.param({"exponent": 0.75, "cut": 4}, True, 0.02, marks=pytest.mark.slow),
     ],
 )
 def test_the_expected_loss_is_that_of_the_decay_while_noise_dominates(
