@@ -49,6 +49,7 @@ from lightning_bsl.runs.branches import (
     write_critical_batches,
 )
 from lightning_bsl.schedules import Horizon
+from lightning_bsl.schedules.measured import measured_stages
 from lightning_bsl.theory import CriticalBatch, critical_batch_by_branches
 from lightning_bsl.theory.branches import check_factors, check_tolerance, growth_by_branches
 
@@ -169,7 +170,8 @@ class Start:
             raise ValueError("the module has a learning-rate scheduler of its own, but the rate of a branch is constant")
         if isinstance(scheduler, AdaptiveBatchLRScheduler):
             scheduler.controller.load_state_dict(state)
-            scheduler.schedule = scheduler.controller.schedule()
+            # the rates of the stages themselves: a rule may have used a noise scale that was measured
+            scheduler.schedule = measured_stages(scheduler.segments, scheduler.controller.maximum)
         clock, horizon = RunClock(), Horizon(**state["horizon"])
         clock.begin(horizon, horizon)
         clock.load_state_dict(state, ended_epoch(checkpoint, run.trainer.get("max_steps", -1)))
@@ -213,7 +215,9 @@ class BranchRecord(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the checkpoint but for its clocks: the branch is a new run of a schedule of its own."""
         pl_module.on_load_checkpoint(self.checkpoint)
-        trainer.strategy.load_model_state_dict(self.checkpoint, strict=pl_module.strict_loading)
+        # Lightning's average of the weights takes their place in a checkpoint, and moves them
+        weights = self.checkpoint.get("current_model_state", self.checkpoint["state_dict"])
+        trainer.strategy.load_model_state_dict({"state_dict": weights}, strict=pl_module.strict_loading)
         trainer.strategy.load_optimizer_state_dict(self.checkpoint)
         precision = trainer.precision_plugin  # a new loss scale would cost the larger batches more of their steps
         if state := self.checkpoint.get(type(precision).__qualname__):
@@ -480,7 +484,8 @@ def _train(
     """Train one branch; returns its losses by samples.
 
     Its batch size and learning rate are constant, since the question is about the batch at the checkpoint: with the run's decay
-    the answer would mix several rates. The optimizer's other constants are those of the checkpoint. (Both are our choice.)
+    the answer would mix several rates. The optimizer's other constants are those of the checkpoint; those that follow the batch
+    size in the run follow it here, too. (Both are our choice.)
     """
     batch_size = start.batch_size * factor
     mixed = np.random.SeedSequence((run.get("seed") or 0, start.samples, seed)).generate_state(1)
@@ -494,6 +499,7 @@ def _train(
         batch_size,
         start.lr * factor**options.lr_power,
         max_device_batch_size=run.scheduler.get("max_device_batch_size"),
+        follow=instantiate(run.scheduler).follow,
     )
     checkpoint = load(start.path)  # for each branch anew: the optimizer goes on with the tensors that it is given
     record = BranchRecord(checkpoint, scheduler, options.marks(start.batch_size), options.probe, datamodule.eval_batch_size)
@@ -579,6 +585,15 @@ def _schedule(
         overrides += [f"scheduler.lr.base_batch_size={values[0]}"]
     else:
         lines.append(f"with the run's learning rate x (batch size / {values[0]})^{options.lr_power:g}")
+    follow, choices = instantiate(run.scheduler).follow, folder / ".hydra" / "hydra.yaml"
+    chosen = OmegaConf.select(OmegaConf.load(choices), "hydra.runtime.choices") if choices.is_file() else None
+    if follow:
+        overrides.append(f"scheduler/follow={(chosen or {}).get('scheduler/follow', 'none')}")
+        for name, rule in follow.items():  # the batch size of the run, not the first one of this schedule
+            if hasattr(rule, "base_batch_size"):
+                overrides.append(f"++scheduler.follow.{name}.base_batch_size={rule.base_batch_size:g}")
+    if (cap := run.scheduler.get("max_device_batch_size")) is not None:
+        overrides.append(f"scheduler.max_device_batch_size={cap}")
     path = folder / ".hydra" / "overrides.yaml"
     before = [str(override) for override in (OmegaConf.load(path) if path.is_file() else [])]
     kept = [override for override in before if not override.lstrip("+~").startswith(("scheduler", "ckpt_path"))]

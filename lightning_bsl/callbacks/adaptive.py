@@ -335,9 +335,10 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
 
     def _agreed(self, trainer: Trainer, answer: Any) -> tuple[bool, int | None]:
         """What all processes do: whether to go on to the next stage, and the batch size that the trigger asks for."""
-        if isinstance(answer, Tensor):
-            answer = answer.item()
-        if isinstance(answer, float):
+        if hasattr(answer, "item"):  # a tensor, or a number of NumPy
+            elements = answer.numel() if isinstance(answer, Tensor) else getattr(answer, "size", 1)
+            answer = answer.item() if elements == 1 else answer
+        if not (answer is None or isinstance(answer, (bool, Integral))):
             raise TypeError(
                 f"the trigger returned {answer!r}: return a batch size as an int, or True or False to go on to the next stage "
                 "or to stay, or None to decide nothing"

@@ -86,10 +86,10 @@ class BatchLRScheduler(Callback):
 
     Raises:
         TypeError: A ``batch_size``, an ``lr`` or a ``follow`` of another type; a ``JointSchedule`` and an ``lr`` beside it.
-        ValueError: ``max_device_batch_size`` is neither a number above 0 nor "auto"; an unknown ``batch_size_unit``; a rule for
-            the learning rate in ``follow``. At the start of a fit: a batch size below 1 or above the data set, a learning rate
-            that is not above 0 and finite, a schedule over a fraction of a run without an end, a run shorter than a warm-up, a
-            constant that a rule of ``follow`` takes out of its range.
+        ValueError: ``max_device_batch_size`` is neither a number above 0 nor "auto"; an unknown ``batch_size_unit``, or
+            ``seesaw`` in tokens without a maximum; a rule for the learning rate in ``follow``. At the start of a fit: a batch
+            size below 1 or above the data set, a learning rate that is not above 0 and finite, a schedule over a fraction of a
+            run without an end, a run shorter than a warm-up, a constant that a rule of ``follow`` takes out of its range.
         MisconfigurationException: At the start of a fit: a setting that cannot work; the message says what to write instead.
 
     Example:
@@ -121,6 +121,12 @@ class BatchLRScheduler(Callback):
         self.loader = loader
         self.batch_size_unit = batch_size_unit
         self.schedule = JointSchedule.of(batch_size, lr)
+        size_schedule = self.schedule.batch_size
+        if batch_size_unit == "tokens" and isinstance(size_schedule, Schedule) and size_schedule.ends_at_examples:
+            raise ValueError(
+                "`seesaw` without a `maximum` ends its growth at the examples of the run, but here batch sizes count tokens: "
+                "write `seesaw(..., maximum=...)`, in tokens"
+            )
         self.follow = read_follow(follow)
         self.plan: Plan | None = None
         self._fit = Fit()

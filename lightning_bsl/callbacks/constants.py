@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -125,6 +126,8 @@ class FollowingConstants:
         applied = batch_size, len(groups_of(self.optimizers))
         if applied == self._applied:
             return
+        if self._applied is None or applied[1] != self._applied[1]:
+            self._separate()
         self.check_kept()
         self._applied = applied
         for i, optimizer in enumerate(self.optimizers):
@@ -139,6 +142,16 @@ class FollowingConstants:
                     self._keep_sums(optimizer, group, before)
                 if group.get(_AHEAD):
                     self._watch(before=True)
+
+    def _separate(self) -> None:
+        """Give each group tensors of its own: groups share those that were given to the optimizer for all of them."""
+        seen: set[int] = set()
+        for group in groups_of(self.optimizers):
+            if not any(rule is not _own for rule in self._rules(group).values()) and not group.get(_AHEAD):
+                continue
+            for key, value in group.items():
+                if key != "params":
+                    group[key] = tuple(map(partial(_own_tensor, seen), value)) if key == "betas" else _own_tensor(seen, value)
 
     def check_kept(self) -> None:
         """Check that the constants are those that were set last.
@@ -271,6 +284,16 @@ def check_momentum(trainer: Trainer, rules: Mapping[str, FollowingFunction]) -> 
                 f"{type(scheduler).__name__} and `follow` would both set {cycled[0]!r}: write `cycle_momentum=False`, or leave "
                 f"{cycled[0]!r} out of `follow`"
             )
+
+
+def _own_tensor(seen: set[int], value: Any) -> Any:
+    """A value; a copy, if it is a tensor that was seen before."""
+    if not isinstance(value, Tensor):
+        return value
+    if id(value) in seen:
+        return value.clone()
+    seen.add(id(value))
+    return value
 
 
 def _own(value: float, batch_size: int) -> float:

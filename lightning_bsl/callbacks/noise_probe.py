@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -85,8 +86,16 @@ class NoiseProbe:
 
         Returns:
             The reason why no probe can be taken; ``None`` if it can.
+
+        Raises:
+            MisconfigurationException: Manual optimization.
         """
         self.end()
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "with manual optimization `training_step` trains the model, so it cannot measure the gradient noise scale of "
+                "other examples: write a trigger that does not measure it"
+            )
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             return "`training_step(dataloader_iter)` fetches its batches itself"
         examples = TrainingExamples(trainer)

@@ -103,7 +103,7 @@ class GradientNormTrigger:
         """End the workers of the measurement."""
         self.measurement.end()
 
-    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
+    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool | int | None:
         """Measure the norm, and return whether it is at or below the threshold."""
         gradient = self.measurement.measure(trainer, trainer.lightning_module)
         threshold = self.threshold(scheduler.stage, scheduler.batch_size, scheduler.segments[0].batch_size, scheduler.delta)
@@ -137,8 +137,8 @@ class BatchTarget(ABC):
 
     Raises:
         ValueError: ``within`` not above 1, ``round_to`` below 1, or ``hysteresis`` below 1.
-        MisconfigurationException: At the start of training: ``GradientNoiseScale`` has ``per="terms"``, or the examples of the
-            training loader cannot be read again.
+        MisconfigurationException: At the start of training: ``GradientNoiseScale`` has ``per="terms"``, manual optimization, or
+            the examples of the training loader cannot be read again.
     """
 
     _: KW_ONLY
@@ -185,7 +185,7 @@ class BatchTarget(ABC):
         """End the measurement."""
         self.probe.end()
 
-    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> int | None:
+    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool | int | None:
         """Measure, and return the batch size to go on with; ``None`` to keep the current one."""
         noise = self.measured = self._measure(trainer, scheduler)
         if noise is None:
@@ -376,7 +376,7 @@ class PlateauTrigger:
         else:
             self._waited += 1
 
-    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool:
+    def __call__(self, trainer: Trainer, scheduler: AdaptiveBatchLRScheduler) -> bool | int | None:
         """Whether there were ``patience`` validations without an improvement since the last new stage."""
         advances = self._waited >= self.patience
         if advances:

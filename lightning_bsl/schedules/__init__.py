@@ -12,7 +12,7 @@ from lightning_bsl.schedules.functions import (
     Schedule,
 )
 from lightning_bsl.schedules.joins import Milestones, Sequence, Warmup, WarmupStableDecay
-from lightning_bsl.schedules.joint import BatchLR, JointSchedule
+from lightning_bsl.schedules.joint import BatchLR, JointSchedule, first_batch_size
 from lightning_bsl.schedules.megatron import from_megatron, to_megatron
 from lightning_bsl.schedules.plan import Plan, Stage, plan
 from lightning_bsl.schedules.progress import Horizon, Progress
@@ -46,6 +46,7 @@ __all__ = [
     "SurgeScaling",
     "Warmup",
     "WarmupStableDecay",
+    "first_batch_size",
     "from_megatron",
     "plan",
     "seesaw",

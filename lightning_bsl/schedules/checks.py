@@ -35,7 +35,7 @@ def is_length(length: object) -> bool:
     """Whether ``length`` is an ``int`` >= 1 or a ``float`` in (0, 1)."""
     if isinstance(length, Integral) and not isinstance(length, bool):
         return int(length) >= 1
-    return isinstance(length, float) and 0 < length < 1
+    return isinstance(length, Real) and not isinstance(length, bool) and 0 < float(length) < 1
 
 
 def check_length(name: str, length: int | float, optional: bool = False) -> None:

@@ -93,6 +93,11 @@ class Schedule(ABC):
         return (self.stage(progress) + 1) * self._every(progress)
 
     @property
+    def ends_at_examples(self) -> bool:
+        """Whether the value is never above the number of examples of the run, so that it cannot count anything else."""
+        return False
+
+    @property
     def names_changes(self) -> bool:
         """Whether ``next_change`` names every change. A plain function inside the schedule may change at any step."""
         return True

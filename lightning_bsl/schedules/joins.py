@@ -8,8 +8,8 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from numbers import Integral
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, cast, get_args
 
 from lightning_bsl.schedules.checks import check_length, check_number, is_length
 from lightning_bsl.schedules.functions import (
@@ -30,7 +30,7 @@ DecayShape = Literal["linear", "sqrt", "cosine"]
 
 def _function(value: Any) -> Any:
     """A number as a constant schedule; all else as it is."""
-    return Constant(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    return Constant(cast(float, value)) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
 def _check_shape(shape: str, shapes: object) -> None:
@@ -40,7 +40,8 @@ def _check_shape(shape: str, shapes: object) -> None:
 
 def _check_boundaries(at: ListOf[int | float]) -> None:
     """Raise ``ValueError`` unless these are lengths, and integers and fractions each increase."""
-    integers, fractions = ([boundary for boundary in at if isinstance(boundary, kind)] for kind in (Integral, float))
+    integers = [boundary for boundary in at if isinstance(boundary, Integral)]
+    fractions = [boundary for boundary in at if not isinstance(boundary, Integral)]
     increase = all(before < after for kind in (integers, fractions) for before, after in pairwise(kind))
     if not (increase and all(map(is_length, at))):
         raise ValueError(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule
-from lightning_bsl.schedules.progress import Progress
+from lightning_bsl.schedules.progress import Horizon, Progress
 from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
 
 
@@ -92,7 +93,7 @@ class JointSchedule:
             value = getattr(self, name)
             if name == "lr" and value is None:
                 continue
-            if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):
+            if isinstance(value, bool) or not (callable(value) or isinstance(value, Real)):
                 raise TypeError(f"`{name}={value!r}` must be {kinds}")
             if not callable(value):
                 object.__setattr__(self, name, Constant(value))
@@ -219,3 +220,23 @@ def _steps_to_change(function: object, progress: Progress, batch_size: int) -> f
 
 def _when(progress: Progress) -> str:
     return f"epoch={progress.epoch}, step={progress.step}, samples={progress.samples}"
+
+
+def first_batch_size(batch_size: int | Function | JointSchedule) -> int:
+    """The batch size at the start of a run, to which constants that follow the batch size refer.
+
+    Args:
+        batch_size: That of ``BatchLRScheduler``.
+
+    Raises:
+        TypeError: It is no batch size.
+
+    Example:
+        >>> first_batch_size(Exponential(8, factor=2, every=30))
+        8
+    """
+    if batch_size is None:
+        raise TypeError("the first batch size is not known: write a number in the place of `base_batch_size`")
+    # at the start the length of the run does not matter, but fractions of it ask for one
+    run = Horizon(10**9, 10**12, 10**15, tokens_per_sample=1)
+    return JointSchedule.of(batch_size).batch_size_at(Progress(horizon=run))

@@ -23,13 +23,17 @@ def from_megatron(schedule: str, unit: Literal["tokens", "samples"] = "tokens") 
         unit: What the thresholds count.
 
     Raises:
-        ValueError: An entry that is no pair of whole numbers, a first threshold that is not 0, or two equal thresholds.
+        ValueError: An entry that is no pair of whole numbers, a first threshold that is not 0, or two equal thresholds; an
+            unknown ``unit``.
 
     Example:
         >>> batch_size = from_megatron("0:768 250B:1536 500B:3072")
         >>> batch_size.values, batch_size.at
         ((768, 1536, 3072), (250000000000, 500000000000))
     """
+    _check_unit(unit)
+    if not isinstance(schedule, str):
+        raise ValueError(f"`schedule={schedule!r}` is no schedule of Megatron-LM: write a string, such as '0:768 250B:1536'")
     entries = sorted(_entry(entry) for entry in schedule.replace(",", " ").split())
     thresholds = [threshold for threshold, _ in entries]
     if not entries or thresholds[0] != 0:
@@ -53,13 +57,15 @@ def to_megatron(plan: Plan, unit: Literal["tokens", "samples"] = "samples") -> s
         The argument of ``--step-batch-size-schedule``.
 
     Raises:
-        ValueError: ``unit="tokens"`` and the tokens of an example are not known; a plan whose batch sizes count tokens.
+        ValueError: ``unit="tokens"`` and the tokens of an example are not known; a plan whose batch sizes count tokens; an
+            unknown ``unit``.
 
     Example:
         >>> from lightning_bsl.schedules import Exponential, JointSchedule, plan
         >>> to_megatron(plan(JointSchedule(Exponential(8, factor=2)), 1000, epochs=3))
         '0:8 1K:16 2K:32'
     """
+    _check_unit(unit)
     if any(stretch.sizes is not None for stretches in plan.stretches for stretch in stretches):
         raise ValueError(
             "the batch sizes of this plan count tokens, but those of Megatron-LM count sequences; plan in examples"
@@ -71,6 +77,11 @@ def to_megatron(plan: Plan, unit: Literal["tokens", "samples"] = "samples") -> s
             entries.append((samples * grain, stage.batch_size))
         samples += stage.samples
     return " ".join(f"{_short(threshold)}:{size}" for threshold, size in entries)
+
+
+def _check_unit(unit: str) -> None:
+    if unit not in ("tokens", "samples"):
+        raise ValueError(f"unknown unit {unit!r}; the thresholds of Megatron-LM count 'tokens' or 'samples'")
 
 
 def _entry(entry: str) -> tuple[int, int]:

@@ -53,8 +53,8 @@ class Horizon:
         if length is None:
             raise ValueError(
                 f"a schedule asks for the run's length in unit {unit!r}, which is not known here. Give the schedule a length "
-                "of its own (`total=...`, or an int for `every=...` or `over=...`), or bound the run in this unit "
-                "(`max_epochs` for epochs, `max_steps` for steps; -1 is no bound)"
+                "of its own (`total=...`, or an int for `every=...` or `over=...`), or bound the run "
+                "(`max_epochs` gives its length in epochs, samples and tokens, `max_steps` in steps; -1 is no bound)"
             )
         return length
 

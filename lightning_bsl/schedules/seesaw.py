@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from lightning_bsl.schedules.checks import check_number, check_whole
 from lightning_bsl.schedules.functions import Constant, Function, Schedule
 from lightning_bsl.schedules.joint import JointSchedule
 from lightning_bsl.schedules.progress import Progress, Unit
@@ -82,6 +83,8 @@ def seesaw(
         )
     if coupling not in get_args(Coupling):
         raise ValueError(f"unknown `coupling={coupling!r}`; write {' or '.join(map(repr, get_args(Coupling)))}")
+    check_number("seesaw(cut", cut)
+    check_number("seesaw(exponent", exponent)
     if not (cut > 1 and math.isfinite(cut)):
         raise ValueError(f"`cut={cut}` must be a finite number above 1: the decay falls by this factor from stage to stage")
     least = 0.5 if coupling == "sqrt" else 0.0
@@ -96,8 +99,8 @@ def seesaw(
             "to 1"
         )
     for name, size in (("batch_size", batch_size), ("maximum", maximum)):
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"`{name}={size!r}` must be an int of 1 or more")
+        if size is not None:
+            check_whole(name, size)
     if maximum is not None and maximum < batch_size:
         raise ValueError(f"`maximum={maximum}` is below `batch_size={batch_size}`: write a larger maximum")
     if exponent == 1:
@@ -118,6 +121,11 @@ class _Seesaw(Schedule):
     exponent: float
     largest: float
     power: float
+
+    @property
+    def ends_at_examples(self) -> bool:
+        """Whether there is no maximum."""
+        return math.isinf(self.largest)
 
     @property
     def names_changes(self) -> bool:
@@ -191,13 +199,16 @@ class _BatchSize(_Seesaw):
     """The batch size of `seesaw`."""
 
     def value(self, progress: Progress) -> float:
-        """Return the batch size; not above the run, since a decay to 0 asks for batches of any size at its end."""
-        return min(self.batch_size(self.cuts(progress)), progress.horizon.samples or math.inf)
+        """Return the batch size; without a maximum not above the run, as a decay to 0 asks for any size at its end."""
+        return min(self.batch_size(self.cuts(progress)), self._most(progress))
 
     def next_change(self, progress: Progress) -> int | None:
         """Return the reading of the next cut; ``None`` at the largest batch size."""
-        largest = min(self.largest, progress.horizon.samples or math.inf)
-        return None if self.value(progress) >= largest else self.next_cut(progress)
+        return None if self.value(progress) >= self._most(progress) else self.next_cut(progress)
+
+    def _most(self, progress: Progress) -> float:
+        """The maximum, or else the examples of the run."""
+        return (progress.horizon.samples or math.inf) if self.ends_at_examples else self.largest
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from harness.commands import Run, kill, run_killed, run_script
 from harness.configs import compose_config
 from lightning_bsl.app import branch as app
 from lightning_bsl.models import NoisyQuadratic
-from lightning_bsl.schedules import Milestones
+from lightning_bsl.schedules import Milestones, SurgeScaling
 from lightning_bsl.theory import CriticalBatch, Estimate
 
 EXAMPLES = 128
@@ -302,6 +302,70 @@ def test_an_adaptive_run_has_the_batch_of_its_stage(tmp_path: Path, run: Run, mo
     assert (start.samples, start.batch_size, round(start.lr, 6)) == (8 * 4 + 4 * 8, 8, 0.028)  # gamma = 1.4
     run("branch.py", f"ckpt={checkpoint(folder, 12)}", "factors=[1,2]", "window=128", "seeds=2", "probe=null", folder=folder)
     assert pd.read_csv(folder / "branches.csv")["batch_size"].unique().tolist() == [8]
+
+
+def test_the_rate_of_a_measured_noise_scale_is_that_of_its_stage(trained: Path, tmp_path: Path) -> None:
+    """A surge law of an adaptive run may have used another noise scale than the configured one."""
+    cfg = configuration(trained)
+    cfg.scheduler = compose_config("scheduler=noise_adaptive", "scheduler.batch_size=4").scheduler
+    saved = app.load(checkpoint(trained, 16))
+    scheduler = instantiate(cfg.scheduler)
+    assert isinstance(scheduler.controller.lr, SurgeScaling)
+    scheduler.controller.begin(measures=True)
+    scheduler.controller.extend(scheduler.controller.proposal(measured=40.0, target=8), start=32)
+    (clock,) = (state for key, state in saved["callbacks"].items() if key.startswith("BatchLRScheduler"))
+    saved["callbacks"][scheduler.state_key] = clock | scheduler.controller.state_dict()
+    torch.save(saved, tmp_path / "adaptive.ckpt")
+    start = app.Start.read(tmp_path / "adaptive.ckpt", tmp_path, cfg)
+    assert start is not None
+    assert (start.samples, start.batch_size) == (64, 8)
+    peak = scheduler.controller.lr.peak_lr
+    assert (
+        start.lr == pytest.approx(SurgeScaling(peak, 40)(8)) != SurgeScaling(peak, scheduler.controller.lr.noise_batch_size)(8)
+    )
+
+
+def test_constants_that_follow_and_an_average_of_the_weights(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "plot_critical_batches", lambda *_: None)
+    folder = train(tmp_path / "run", *RUN, "optimizer=adamw", "scheduler/follow=adamw", "callbacks=batch_ema")
+    path, seen = checkpoint(folder, 32), []  # 16 steps of 8 are taken, the next has 8
+
+    def note(record: Any, trainer: Any, pl_module: Any) -> None:
+        (group,) = trainer.optimizers[0].param_groups
+        if not record.losses:
+            seen.append((pl_module.theta.detach().clone(), group["betas"], group["weight_decay"]))
+        measure(record, trainer, pl_module)
+
+    measure = app.BranchRecord._measure
+    monkeypatch.setattr(app.BranchRecord, "_measure", note)
+    printed = run("branch.py", f"ckpt={path}", *FEW[:2], "window=128", *FEW[3:], folder=folder).out
+    saved = torch.load(path, weights_only=True)
+    assert not torch.equal(saved["state_dict"]["theta"], saved["current_model_state"]["theta"])
+    (group,) = saved["optimizer_states"][0]["param_groups"]
+    for i, factor in enumerate((1, 2, 1, 2)):
+        weights, betas, decay = seen[i]
+        assert torch.equal(weights, saved["current_model_state"]["theta"])
+        growth = 8 * factor / 4
+        assert betas == pytest.approx((0.9**growth, 0.999**growth))
+        assert decay == pytest.approx(group["initial_weight_decay"] * growth**0.5)
+    assert "initial_weight_decay" in group and "branches.csv" in printed
+
+
+def test_the_command_keeps_what_follows_the_batch(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = ["optimizer=adamw", "scheduler/follow=adamw", "scheduler.max_device_batch_size=4", "data=quadratic"]
+    (folder / ".hydra").mkdir(parents=True)
+    cfg = compose_config(*overrides)
+    OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
+    OmegaConf.save(
+        OmegaConf.create({"hydra": {"runtime": {"choices": {"scheduler/follow": "adamw"}}}}), folder / ".hydra" / "hydra.yaml"
+    )
+    options = app.Options((1, 2), (0, 1), 64, 0.5, 2, None)
+    starts = [app.Start(folder, f"{samples}", samples, 32, 0.02) for samples in (64, 128)]
+    cut = shlex.split(app._schedule(folder, cfg, starts, [estimate(32, safe) for safe in (32, 64)], options)[-1])
+    scheduler = instantiate(compose_config(*cut[next(i for i, word in enumerate(cut) if "=" in word) :]).scheduler)
+    assert [rule.base_batch_size for rule in scheduler.follow.values()] == [8, 8]  # of the run, not 32
+    assert scheduler.max_device_batch_size == 4
 
 
 @pytest.mark.slow

@@ -91,8 +91,8 @@ FIRST_SIZES = [
     (("scheduler=constant", "scheduler.batch_size.start=16"), 16),
     (("scheduler=adaptive", "scheduler.batch_size=24"), 24),
     (("scheduler=seesaw",), 8),
-    (("scheduler/batch_size=milestones",), 32),
-    (("scheduler/batch_size=linear",), 32),
+    (("scheduler/batch_size=polynomial", "scheduler.batch_size.power=2"), 64),
+    *(((f"scheduler/batch_size={choice}",), 32) for choice in ("milestones", "linear", "megatron", "sequence")),
 ]
 
 
@@ -101,15 +101,8 @@ def test_what_follows_starts_from_the_first_batch_size(overrides: tuple[str, ...
     cfg = compose_config(*overrides, "scheduler/follow=adamw", "callbacks=batch_ema")
     rules = [*instantiate(cfg.scheduler).follow.values(), instantiate(cfg.callbacks.batch_ema).rule]
     assert [rule.base_batch_size for rule in rules] == [first] * 3
-
-
-@pytest.mark.parametrize("batch_size", ["megatron", "sequence"])
-def test_a_first_batch_size_that_is_not_written_down_is_asked_for(batch_size: str) -> None:
-    cfg = compose_config(f"scheduler/batch_size={batch_size}", "scheduler/follow=half_life")
-    with pytest.raises(InstantiationException, match="write a finite number above 0"):
-        instantiate(cfg.scheduler)
-    cfg.scheduler.follow.betas.base_batch_size = 32
-    assert instantiate(cfg.scheduler).follow["betas"].base_batch_size == 32
+    given = compose_config(*overrides, "scheduler/follow=adamw", "scheduler.follow.betas.base_batch_size=12")
+    assert [rule.base_batch_size for rule in instantiate(given.scheduler).follow.values()] == [12, 12]
 
 
 @pytest.mark.parametrize("lr", ["cosine", "linear", "polynomial", "warmup_stable_decay", "warmup_linear", "sequence"])
@@ -156,12 +149,12 @@ def test_no_data_are_needed_to_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.parametrize("rule", ["linear_scaling", "sqrt_scaling"])
 @pytest.mark.parametrize("batch_size, base", [
-    ("scheduler.batch_size.start=16", 16), ("scheduler/batch_size=milestones", 8), ("scheduler.batch_size=32", 8)
+    ("scheduler.batch_size.start=16", 16), ("scheduler/batch_size=milestones", 32), ("scheduler.batch_size=32", 32)
 ])  # fmt: skip
 def test_scaling_starts_from_the_first_batch_size(rule: str, batch_size: str, base: int) -> None:
     cfg = compose_config(f"scheduler/lr={rule}", batch_size)
-    assert cfg.scheduler.lr.base_batch_size == base
-    assert instantiate(cfg.scheduler).schedule.lr(base) == cfg.optimizer.lr
+    scaling = instantiate(cfg.scheduler).schedule.lr
+    assert (scaling.base_batch_size, scaling(base)) == (base, cfg.optimizer.lr)
 
 
 @pytest.mark.parametrize("optimizer, peak", [("sgd", 0.5), ("adam", 0.005)])

@@ -302,6 +302,32 @@ def test_constants_that_are_tensors_change_in_place() -> None:
     assert momentum.item() == pytest.approx(0.9**4) and decay.item() == 0.5
 
 
+PLAIN: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-3}
+SHARED = {
+    "rate": (["lr"], {}, BETAS["beta2"]),
+    "rate fused": (["lr"], {"fused": True}, BETAS["apart"]),
+    "betas": (["betas"], {"foreach": False}, BETAS["both"]),
+    "all": (["lr", "betas", "weight_decay"], {"foreach": False}, BETAS["all"]),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_groups_that_share_tensors(kind: str) -> None:
+    """Torch puts a tensor that is given for all groups into each of them: the same one."""
+    names, options, rules = SHARED[kind]
+    tensors = {name: torch.tensor(PLAIN[name], dtype=torch.float64) for name in names}
+    if "betas" in tensors:
+        tensors["betas"] = tuple(tensors["betas"])  # type: ignore[assignment]
+
+    def halves(**constants: Any) -> Recorder:
+        return Recorder(mlp(), lambda each: AdamW([{"params": each[::2]}, {"params": each[1::2]}], **PLAIN | constants))
+
+    model, reference = halves(**tensors, **options), halves()
+    fit(model, own(DATA), BatchLRScheduler(DOUBLING, 0.02, follow=rules))
+    assert_close(model.net, by_hand(reference, lambda number: rules), rtol=1e-9)
+    assert [float(group["lr"]) for group in model.trainer.optimizers[0].param_groups] == [0.02, 0.02]
+
+
 def test_the_adaptive_scheduler_follows_too() -> None:
     seen = Seen()
     scheduler = AdaptiveBatchLRScheduler(8, 0.02, lambda *_: True, maximum=32, check_every=4, follow=ALL)

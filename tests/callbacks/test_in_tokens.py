@@ -24,7 +24,7 @@ from harness.processes import Pair
 from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.data import GlobalBatchSampler
 from lightning_bsl.data.lengths import Lengths
-from lightning_bsl.schedules import Exponential, JointSchedule, LinearScaling, Milestones, Progress, plan
+from lightning_bsl.schedules import Exponential, JointSchedule, Linear, LinearScaling, Milestones, Progress, plan, seesaw
 
 N, SEED = 61, 1
 GENERATOR = torch.Generator().manual_seed(4)
@@ -257,6 +257,18 @@ def test_stages_of_a_plan() -> None:
     stages = [(stage.batch_size, stage.steps, stage.lr) for stage in found.plan.stages]
     rest = found.plan.steps - 9
     assert stages == [(40, 4, 0.2), (90, 2, 0.2), (90, 3, 0.1), (150, rest, 0.1)]
+
+
+def test_seesaw_in_tokens_needs_a_maximum() -> None:
+    """Its batch ends at the examples of the run, which are fewer than its tokens."""
+    decay = Linear(0.1, 0.01, unit="samples")
+    model, found = Curve(), BatchLRScheduler(seesaw(decay, 40, maximum=160), batch_size_unit="tokens")
+    fit(model, data(), found, max_epochs=2)
+    assert found.plan is not None
+    assert [stage.batch_size for stage in found.plan.stages if stage.batch_size > N][-1] == 160
+    assert max(stage.batch_size for stage in found.plan.stages) > 2 * N
+    with pytest.raises(ValueError, match=r"`seesaw` without a `maximum`.*batch sizes count tokens"):
+        BatchLRScheduler(seesaw(decay, 40), batch_size_unit="tokens")
 
 
 def test_lengths_that_are_not_whole() -> None:

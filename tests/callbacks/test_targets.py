@@ -85,7 +85,8 @@ def test_grows_and_shrinks_to_the_number(workers: int, cap: Any) -> None:
 
 
 def test_numbers_beside_yes_and_no() -> None:
-    scheduler = adaptive(at_steps(s1=np.int64(8), s4=True, s6=torch.tensor(20), s8=False, s9=torch.tensor(True)), delta=1.5)
+    answers: dict[str, Any] = {"s1": np.int64(8), "s4": np.array(True), "s6": torch.tensor(20)}
+    scheduler = adaptive(at_steps(**answers, s8=np.bool_(False), s9=torch.tensor([True])), delta=1.5)
     fit(scheduler)
     assert [segment.batch_size for segment in scheduler.segments] == [4, 8, 12, 20, 30]
     growth = [0, math.log(2, 1.5), math.log(2, 1.5) + 1, math.log(5, 1.5), math.log(5, 1.5) + 1]
@@ -98,8 +99,10 @@ def test_no_batch_size(answer: int) -> None:
         fit(adaptive(at_steps(s2=answer)))
 
 
-@pytest.mark.parametrize("answer", [12.0, torch.tensor(12.5), np.float64(8)])
-def test_a_float_is_no_answer(answer: Any) -> None:
+@pytest.mark.parametrize("answer", [
+    12.0, torch.tensor(12.5), np.float64(8), np.float32(8), np.array(3.7), np.array([8, 9]), torch.tensor([8, 9]), "no", [8]
+])  # fmt: skip
+def test_what_is_no_answer(answer: Any) -> None:
     with pytest.raises(TypeError, match="return a batch size as an int, or True or False"):
         fit(adaptive(at_steps(s2=answer)))
 
@@ -279,6 +282,17 @@ def test_refusals() -> None:
     class Two(Regression):
         def batch(self, batch: Any) -> list[Tensor]:
             return super().batch(batch["a"])
+
+    class Manual(Regression):
+        """Steps in ``training_step``, which a measurement would call."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    for trigger in (NoiseTarget(), NormTest(0.5)):
+        with pytest.raises(MisconfigurationException, match="with manual optimization `training_step` trains the model"):
+            fit(adaptive(trigger), model=Manual())
 
     loaders = {"a": DataLoader(DATA, 4), "b": DataLoader(DATA, 4)}
     with pytest.raises(MisconfigurationException, match=r"NoiseTarget cannot read.*2 training loaders.*GradientNoiseScale"):

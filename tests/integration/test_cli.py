@@ -20,7 +20,7 @@ from harness.data import Stranger, regression
 from harness.files import ROOT
 from harness.fits import fit, quiet
 from harness.modules import Recorder
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl import AdaptiveBatchLRScheduler, BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier
 from lightning_bsl.schedules import (
@@ -224,6 +224,24 @@ def test_the_command_line_overrides_the_file(cli: Run) -> None:
     made = cli(written, *arguments, model_class=Model, datamodule_class=Data)
     assert scheduler_of(made).schedule == JointSchedule(Exponential(8, 3, every=2), Cosine(0.2))
     assert made.datamodule.seed == 5
+
+
+@pytest.mark.parametrize("trigger", [
+    ("GradientNormTrigger", {"start": 0.3}),
+    ("NoiseTarget", {"factor": 2.0, "round_to": 8}),
+    ("NormTest", {"theta": 0.5, "shrink": True}),
+    ("CABS", {"hysteresis": 1.5}),
+    ("PlateauTrigger", {"monitor": "val/loss"}),
+])  # fmt: skip
+def test_every_trigger(trigger: tuple[str, dict[str, Any]], cli: Run) -> None:
+    name, arguments = trigger
+    node = {"class_path": f"lightning_bsl.{name}", "init_args": arguments}
+    callback = {"class_path": "lightning_bsl.AdaptiveBatchLRScheduler", "init_args": {"batch_size": 8, "trigger": node}}
+    made = cli({"trainer": quiet(max_epochs=1, callbacks=[callback])}, model_class=Model, datamodule_class=Data)
+    scheduler = scheduler_of(made)
+    assert isinstance(scheduler, AdaptiveBatchLRScheduler)
+    assert type(scheduler.trigger).__name__ == name
+    assert {key: getattr(scheduler.trigger, key) for key in arguments} == arguments
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -25,6 +26,7 @@ from lightning_bsl.schedules import (
     Warmup,
     WarmupStableDecay,
     plan,
+    seesaw,
 )
 from lightning_bsl.theory import asymptotic_rates
 
@@ -133,6 +135,16 @@ def test_fractions_that_are_one_in_whole_units_are_refused() -> None:
         batch_size(Progress(horizon=Horizon(epoch=10)))
     with pytest.raises(ValueError, match=r"`at=\(0.5, 3\)` are 5, 3"):
         Sequence([1, 2, 3], at=[0.5, 3])(Progress(horizon=Horizon(epoch=10)))
+
+
+def test_numbers_of_numpy() -> None:
+    parts, at = np.array([8, 16, 32]), np.array([0.25, 0.5], dtype=np.float32)
+    joined, same = Sequence([*parts], at=at, unit="step"), Milestones([8, 16, 32], at=[0.25, 0.5], unit="step")
+    values = [schedule(Progress(step=step, horizon=Horizon(step=80))) for schedule in (joined, same) for step in range(80)]
+    assert values[:80] == values[80:]
+    assert JointSchedule(np.int64(8), np.float32(0.5))(Progress()) == (8, 0.5)
+    grown, by_int = (plan(seesaw(Linear(0.1, 0.01, unit="samples"), size), 640, epochs=1) for size in (np.int64(8), 8))
+    assert grown.stages == by_int.stages
 
 
 @pytest.mark.parametrize("part", ["cosine", None, SqrtScaling(0.1, 8), Cosine])

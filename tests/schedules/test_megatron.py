@@ -73,6 +73,17 @@ def test_stages_that_differ_in_the_rate_only_are_one() -> None:
     assert to_megatron(plan(JointSchedule(8, Exponential(0.1, factor=0.5)), 100, epochs=4)) == "0:8"
 
 
+def test_other_words() -> None:
+    doubled = plan(JointSchedule(Milestones([8, 16], at=[1])), 64, epochs=2)
+    for unit in ("epoch", "steps"):
+        with pytest.raises(ValueError, match=f"unknown unit '{unit}'; the thresholds of Megatron-LM count"):
+            to_megatron(doubled, unit)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"unknown unit '{unit}'"):
+            from_megatron("0:8", unit)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`schedule=8` is no schedule of Megatron-LM: write a string"):
+        from_megatron(8)  # type: ignore[arg-type]
+
+
 def test_tokens_that_are_not_known() -> None:
     with pytest.raises(ValueError, match="tokens_per_sample"):
         to_megatron(plan(JointSchedule(8), 100, epochs=1), "tokens")
