@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -171,13 +172,15 @@ def isolate_validation(trainer: Trainer, isolate: Callable[[], AbstractContextMa
         undo: Restores Lightning when it is closed.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    run = loop.run
 
-    def isolated() -> Any:
+    def isolated(original: Callable[[], Any]) -> Any:
         with isolate():
-            return run()
+            return original()
 
-    _replace(loop, "run", isolated, undo)
+    # to skip a validation Lightning makes an iterator of its loader, which draws a random number, too
+    for name in ("run", "increment_progress_to_evaluation_end"):
+        if hasattr(loop, name):  # not every version has the second
+            _replace(loop, name, partial(isolated, getattr(loop, name)), undo)
 
 
 def take_step(trainer: Trainer, batch_idx: int, counted: bool) -> None:

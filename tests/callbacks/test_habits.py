@@ -202,7 +202,8 @@ def test_from_an_exception_in_any_step_of_an_epoch(fails_at: int, cap: Any, tmp_
 def test_from_a_step_after_which_a_validation_is_due(cap: Any, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     whole = go(Drops(), saver, cap=cap, val_check_interval=0.3)
-    for step in range(1 if cap is None else 3, 18, 4):
+    # 8 and 14 are the last steps of epochs, after which Lightning skips the validation when it resumes
+    for step in (3, 8, 13, 14) if cap else (1, 5, 8, 14, 17):
         assert equal(go(Drops(), path=tmp_path / f"step={step}.ckpt", cap=cap, val_check_interval=0.3), whole), step
 
 
