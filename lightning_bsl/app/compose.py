@@ -38,13 +38,15 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
     trainer = cfg.trainer
     if trainer.get("fast_dev_run") or (isinstance(scheduler, AdaptiveBatchLRScheduler) and not scheduler.progress.step):
         return None
+    tokens_per_sample = getattr(datamodule, "tokens_per_sample", None)
     return plan_fit(
         scheduler.schedule,
         _num_epoch_examples(datamodule),
         trainer.get("max_epochs"),
         trainer.get("max_steps", -1),
         trainer.get("overfit_batches") or trainer.get("limit_train_batches"),  # as Lightning has it
-        tokens_per_sample=getattr(datamodule, "tokens_per_sample", None),
+        max_samples=scheduler.budget.samples(tokens_per_sample),
+        tokens_per_sample=tokens_per_sample,
         drop_last=getattr(datamodule, "drop_last", False),
         measure=_tokens(datamodule) if scheduler.batch_size_unit == "tokens" else None,
     )

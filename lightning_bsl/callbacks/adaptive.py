@@ -193,6 +193,8 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         max_device_batch_size: The same as for ``BatchLRScheduler``.
         loader: The same as for ``BatchLRScheduler``.
         follow: The same as for ``BatchLRScheduler``.
+        max_samples: The same as for ``BatchLRScheduler``.
+        max_tokens: The same as for ``BatchLRScheduler``.
 
     Raises:
         ValueError: ``delta`` not above 1, ``gamma`` below 1, a first value above its maximum, ``check_every`` below 1. At the
@@ -217,8 +219,11 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         max_device_batch_size: int | Literal["auto"] | None = None,
         loader: str | int | None = None,
         follow: Mapping[str, FollowingRule | FollowingFunction] | None = None,
+        max_samples: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
-        super().__init__(batch_size, lr, max_device_batch_size, loader, follow=follow)
+        ends = {"max_samples": max_samples, "max_tokens": max_tokens}
+        super().__init__(batch_size, lr, max_device_batch_size, loader, follow=follow, **ends)  # type: ignore[arg-type]
         check_whole("check_every", check_every)
         self.controller = StageController(batch_size, lr, delta, gamma, maximum, max_lr)
         self.trigger = GradientNormTrigger() if trigger is None else trigger

@@ -15,7 +15,7 @@ from lightning_bsl.callbacks.clock import RunClock, StepSetting
 from lightning_bsl.callbacks.compatibility import check_beside_scheduler, check_ceiling, check_training, refuse
 from lightning_bsl.callbacks.compile import expect_other_sizes
 from lightning_bsl.callbacks.constants import FollowingConstants, check_momentum, read_follow
-from lightning_bsl.callbacks.fit import VERSION, Fit, Resumed, plan_fit
+from lightning_bsl.callbacks.fit import VERSION, Budget, Fit, Resumed, plan_fit
 from lightning_bsl.callbacks.loop import (
     before_batch_counts,
     count_batch_that_ended_epoch,
@@ -83,6 +83,11 @@ class BatchLRScheduler(Callback):
             ``"betas"`` for all betas, or ``"beta1"``, ``"beta2"`` for one. A rule is applied to each group's own value, and 0
             stays 0. Each constant is logged under its key, and the betas as ``beta1``, ``beta2``. Betas must be those of Adam
             or AdamW, whose bias correction stays exact.
+        max_samples: The run ends with the step that reaches so many samples, or where the Trainer's ``max_epochs`` or
+            ``max_steps`` end it. This step is cut to them, so that the run takes exactly so many samples; not where there are
+            several training loaders, or one that cannot be re-made. Fractions of the run in schedules are fractions of it.
+        max_tokens: The same in tokens; it needs a DataModule with an attribute ``tokens_per_sample``. The last step is cut to
+            whole examples.
 
     Raises:
         TypeError: A ``batch_size``, an ``lr`` or a ``follow`` of another type; a ``JointSchedule`` and an ``lr`` beside it.
@@ -111,6 +116,8 @@ class BatchLRScheduler(Callback):
         loader: str | int | None = None,
         batch_size_unit: Literal["examples", "tokens"] = "examples",
         follow: Mapping[str, FollowingRule | FollowingFunction] | None = None,
+        max_samples: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         if batch_size_unit not in ("examples", "tokens"):
             raise ValueError(f"`batch_size_unit={batch_size_unit!r}` is not known: write 'examples' or 'tokens'")
@@ -128,6 +135,7 @@ class BatchLRScheduler(Callback):
                 "write `seesaw(..., maximum=...)`, in tokens"
             )
         self.follow = read_follow(follow)
+        self.budget = Budget(max_samples, max_tokens)
         self.plan: Plan | None = None
         self._fit = Fit()
         self._clock = RunClock()
@@ -237,10 +245,10 @@ class BatchLRScheduler(Callback):
             return
         if sum(isinstance(callback, BatchLRScheduler) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise MisconfigurationException("there are two BatchLRScheduler among the callbacks; keep one")
-        refuse(trainer, pl_module, self.schedule, self.max_device_batch_size)
+        refuse(trainer, pl_module, self.schedule, self.max_device_batch_size, self.budget)
         self.plan = self._data = None
         self._start = StepStart()
-        self._fit = Fit.begin(trainer, self._clock)
+        self._fit = Fit.begin(trainer, self._clock, self.budget)
         self._fit.in_tokens = self.batch_size_unit == "tokens"
         terms = self._splitter.terms = LossTerms.of(trainer, pl_module)
         self._splitter.watch = MaskWarning(pl_module, data_parallel(trainer)[1]) if terms is None else None
@@ -297,6 +305,7 @@ class BatchLRScheduler(Callback):
         if fit.resumed is not None:
             fit.resumed.go_on(trainer, fit, data, self._clock, self.schedule, self._start)
         largest = [self.schedule.largest] if self.schedule.largest else []
+        self._stop_at_end(trainer)
         self._constants.check({stage.batch_size for stage in self.plan.stages} if self.plan else largest)
         self._look_up()
 
@@ -361,6 +370,7 @@ class BatchLRScheduler(Callback):
         clock, setting = self._clock, self._setting
         clock.advance(examples, 1)
         self._start.clear()
+        self._stop_at_end(trainer)
         # a change in an epoch's first step is logged at once, so that the progress bar shows it
         first = clock.progress.step == clock.epoch_start.step + 1 and setting.value != setting.logged
         if first or writes_step(trainer):
@@ -445,6 +455,11 @@ class BatchLRScheduler(Callback):
         self._constants.apply(self.batch_size_of_step)
         if self._rates is not None:
             self._rates.apply(self._setting.value)
+
+    def _stop_at_end(self, trainer: Trainer) -> None:
+        """Stop the run at its end in samples, which the Trainer does not know."""
+        if self._clock.end.samples is not None and self._clock.progress.samples >= self._clock.end.samples:
+            trainer.should_stop = True
 
     def _log(self, pl_module: LightningModule, on_step: bool, on_epoch: bool) -> None:
         lr = self._rates.rate if self._rates is not None else 0.0

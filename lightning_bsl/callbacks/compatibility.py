@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bsl.callbacks.fit import Budget
 from lightning_bsl.callbacks.loaders import limit_of
 from lightning_bsl.callbacks.loss_terms import has_loss_terms
 from lightning_bsl.callbacks.micro_batches import StepSplitter
@@ -27,7 +28,9 @@ from lightning_bsl.data.datamodule import BatchSizeDataModule
 from lightning_bsl.schedules import Constant, JointSchedule, Plan, ScalingRule
 
 
-def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule, max_device_batch_size: object) -> None:
+def refuse(
+    trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule, max_device_batch_size: object, budget: Budget
+) -> None:
     """Refuse settings that cannot work, as far as ``setup`` can see them.
 
     Args:
@@ -35,11 +38,17 @@ def refuse(trainer: Trainer, pl_module: LightningModule, schedule: JointSchedule
         pl_module: The LightningModule.
         schedule: Batch size and learning rate.
         max_device_batch_size: The argument of ``BatchLRScheduler``.
+        budget: The end of the run in samples or tokens.
 
     Raises:
         MisconfigurationException: A setting cannot work.
     """
     _refuse_company(trainer, schedule)
+    if budget != Budget() and (least := [name for name in ("min_steps", "min_epochs") if getattr(trainer, name)]):
+        raise MisconfigurationException(
+            f"`{least[0]}={getattr(trainer, least[0])}` of the Trainer lets a run go on after `max_samples` or `max_tokens`: "
+            "leave one of them out"
+        )
     accumulate = trainer.accumulate_grad_batches
     if accumulate != 1 and isinstance(trainer.datamodule, BatchSizeDataModule):  # type: ignore[attr-defined]
         raise MisconfigurationException(

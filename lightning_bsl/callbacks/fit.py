@@ -26,9 +26,57 @@ from lightning_bsl.callbacks.loop import (
 from lightning_bsl.callbacks.snapshot import StepStart
 from lightning_bsl.callbacks.sources import DataSource
 from lightning_bsl.schedules import Horizon, JointSchedule, Plan, plan
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.plan import Beside, EpochLength, Measure, check_fits
 
 VERSION = 3  # format of the state in checkpoints
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The end of a run in samples or tokens.
+
+    Args:
+        max_samples: In samples; ``None`` for no such end.
+        max_tokens: In tokens.
+
+    Raises:
+        ValueError: A number that is not whole or below 1, or both.
+
+    Example:
+        >>> Budget(max_tokens=1000).samples(tokens_per_sample=64)
+        16
+    """
+
+    max_samples: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_samples", "max_tokens"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), instead=", or None for no such end of the run")
+        if self.max_samples is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"`max_samples={self.max_samples}` and `max_tokens={self.max_tokens}` both end the run; write one of them"
+            )
+
+    def samples(self, tokens_per_sample: int | None) -> int | None:
+        """The number of samples that reaches it; ``None`` if there is no such end.
+
+        Args:
+            tokens_per_sample: Tokens of an example, if they are all of one length.
+
+        Raises:
+            ValueError: The number of tokens of an example is not known.
+        """
+        if self.max_tokens is None:
+            return self.max_samples
+        if tokens_per_sample is None:
+            raise ValueError(
+                f"`max_tokens={self.max_tokens}`, but the number of tokens of an example is not known: give the DataModule an "
+                "attribute `tokens_per_sample` (the text data sets have it), or write `max_samples`"
+            )
+        return -(-self.max_tokens // tokens_per_sample)
 
 
 @dataclass
@@ -42,6 +90,7 @@ class Fit:
         seed: Seed of the order of the examples.
         tokens_per_sample: The attribute of the DataModule.
         in_tokens: Whether batch sizes count tokens.
+        max_samples: The end of the run in samples.
         first_batch: Whether no batch has been trained yet.
         resumed: The checkpoint from which the fit resumes, if there is one.
         after_backward: To be closed after the current backward pass.
@@ -55,6 +104,7 @@ class Fit:
     seed: int = 0
     tokens_per_sample: int | None = None
     in_tokens: bool = False
+    max_samples: int | None = None
     first_batch: bool = True
     resumed: Resumed | None = None
     after_backward: ExitStack | None = None
@@ -62,12 +112,13 @@ class Fit:
     late: bool = False
 
     @classmethod
-    def begin(cls, trainer: Trainer, clock: RunClock) -> Fit:
+    def begin(cls, trainer: Trainer, clock: RunClock, budget: Budget) -> Fit:
         """Begin a fit: remember the Trainer's settings, and set the end of the clock.
 
         Args:
             trainer: The Trainer.
             clock: The clock of the run.
+            budget: The end of the run in samples or tokens.
         """
         every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         fit = cls(True, Asks(trainer.accumulate_grad_batches, every))
@@ -78,9 +129,15 @@ class Fit:
         fit.undo.callback(fit.clip_again, trainer)
         if trainer.global_step == 0:
             clock.reset()
-        end = Horizon(*(bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps)))
-        # with `fast_dev_run` Lightning overwrites the length of the run, so schedules get a very long one
-        whole_run = Horizon(10**9, 10**12, 10**15) if trainer.fast_dev_run else end  # type: ignore[attr-defined]
+        epochs, steps = (bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps))
+        fit.max_samples = budget.samples(fit.tokens_per_sample)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Lightning overwrites the length of the run, so schedules get a very long one
+            end, whole_run = Horizon(epochs, steps), Horizon(10**9, 10**12, 10**15)
+        else:
+            end = whole_run = Horizon(epochs, steps, fit.max_samples)
+            if fit.max_samples is not None:  # which bound comes first is known with the plan
+                whole_run = Horizon(samples=fit.max_samples)
         clock.begin(end, replace(whole_run, tokens_per_sample=fit.tokens_per_sample))
         return fit
 
@@ -114,6 +171,7 @@ class Fit:
             check_fits(schedule.largest or schedule(now).batch_size, most, now, unit)
         elif epoch is not None:
             bounds: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+            bounds["max_samples"] = self.max_samples
             make = partial(plan_fit, schedule, tokens_per_sample=self.tokens_per_sample, measure=measure, **bounds)
             run_plan = make(**epoch._asdict())
             if run_plan is not None and epoch.beside.lengths and data.splits(run_plan):
@@ -250,6 +308,7 @@ def plan_fit(
     max_epochs: int | None = None,
     max_steps: int = -1,
     limit_train_batches: float | None = None,
+    max_samples: int | None = None,
     epoch_length: EpochLength | None = None,
     tokens_per_sample: int | None = None,
     drop_last: bool = False,
@@ -264,6 +323,7 @@ def plan_fit(
         max_epochs: As for ``Trainer``; -1 for no limit.
         max_steps: As for ``Trainer``.
         limit_train_batches: As for ``Trainer``.
+        max_samples: As for ``BatchLRScheduler``.
         epoch_length: As for ``plan``.
         tokens_per_sample: As for ``plan``.
         drop_last: As for ``plan``.
@@ -286,13 +346,14 @@ def plan_fit(
         max_epochs = 1000  # the default of Trainer
     epochs, steps = (None if bound is None or bound < 0 else bound for bound in (max_epochs, max_steps))
     limit = 1.0 if limit_train_batches is None else limit_train_batches
-    if (epochs is None and steps is None) or epochs == 0 or steps == 0 or limit == 0:
+    if (epochs is None and steps is None and max_samples is None) or epochs == 0 or steps == 0 or limit == 0:
         return None
     return plan(
         schedule,
         num_examples,
         epochs=epochs,
         steps=steps,
+        samples=max_samples,
         tokens_per_sample=tokens_per_sample,
         limit_batches=limit,
         drop_last=drop_last,

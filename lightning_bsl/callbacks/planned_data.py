@@ -93,6 +93,8 @@ class PlannedData:
             check_tokens(self.lengths, scheduled.order, self.cut, len(flat))
             scheduled.in_tokens = True
         self.measure = scheduled.measure
+        if len(flat) == 1:  # another loader may end the epoch
+            scheduled.run_end = self.clock.end.samples
         processes = self.cut.world_size
         for i, loader in enumerate(flat):
             size = size_of(loader)
@@ -155,15 +157,17 @@ class PlannedData:
         return self.clock.progress
 
     def step_examples(self, batch_size: int) -> int:
-        """The examples of the next step: fewer at the end of a pass, and 0 if only a longer loader still has batches."""
-        order, epoch = self.sampler.order, self.clock.epoch_start.epoch
-        start = self.clock.behind - self.sampler.pass_start
-        left = order.length(epoch) - start
+        """The examples of the next step: fewer at the end of a pass or run, 0 if only a longer loader still has batches."""
+        clock, sampler = self.clock, self.sampler
+        epoch, start = clock.epoch_start.epoch, clock.behind - sampler.pass_start
+        left = sampler.order.length(epoch) - start
         if self.measure is not None:
-            return self.measure.take(epoch, start, batch_size) if left > 0 else 0
-        if left >= batch_size:
-            return batch_size
-        return 0 if self.sampler.drops_last else max(0, left)
+            size = self.measure.take(epoch, start, batch_size) if left > 0 else 0
+        elif left >= batch_size:
+            size = batch_size
+        else:
+            size = 0 if sampler.drops_last else max(0, left)
+        return size if sampler.run_end is None else min(size, sampler.run_end - clock.progress.samples)
 
     def parts(self, examples: int, batch_size: int) -> Parts:
         """The micro-batches as the sampler makes them, or the longest lengths for ``MemoryCeiling``."""

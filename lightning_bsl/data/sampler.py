@@ -243,6 +243,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.exhausted = False  # whether the last pass was yielded to its end
         self.pass_start = 0  # examples of the epoch before the last pass
         self.cycle = 0  # index of the last pass in its epoch
+        self.run_end: int | None = None  # examples of the run, where it ends inside an epoch; not with several passes
         self.handed_out = 0  # examples of the epoch that were yielded; workers fetch more than is trained
         self._ordered: tuple[tuple[int, int], Values] | None = None  # (epoch, cycle) of a pass, and its lengths in their order
         self._sums: Values | None = None  # cumulative sums of these lengths
@@ -286,7 +287,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Number of batches of one pass: its steps, or their micro-batches."""
-        return self._batches(self._stretches(self.clock()), self.num_examples)
+        progress = self.clock()
+        return self._batches(self._stretches(progress), self.length(progress))
+
+    def length(self, progress: Progress) -> int:
+        """Examples of the pass that begins at ``progress``: those of the order, or fewer at the end of the run."""
+        number = self.order.length(progress.epoch)
+        return number if self.run_end is None else max(0, min(number, self.run_end - progress.samples))
 
     def batches_in(self, examples: int) -> int:
         """Number of batches of the steps that take the first ``examples`` examples of the epoch."""
@@ -458,7 +465,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         elif not isinstance(order, Tensor):
             order = torch.tensor(order)
         position, batch_size, schedule, settled, measure = 0, 0, self.schedule, 0.0, self.measure
-        while position < len(order):
+        end = self.length(progress)
+        while position < end:
             if settled < 1 or schedule is not self.schedule:  # else the batch size cannot have changed
                 schedule = self.schedule
                 if measure is None:
@@ -469,8 +477,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 settled = schedule.batch_steps_to_change(progress, batch_size)
             settled -= 1
             size = batch_size if measure is None else measure.take(progress.epoch, position, batch_size)
-            step = order[position : position + size]
-            if not size or (self.drops_last and len(step) < size):
+            step = order[position : min(position + size, end)]
+            if not size or (self.drops_last and position + size > len(order)):
                 break
             position += len(step)
             progress = progress.advance(len(step))

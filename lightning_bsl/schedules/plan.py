@@ -96,9 +96,11 @@ class Stretch:
         return min(steps * self.batch_size, self.examples)
 
     def over(self, examples: int) -> Stretch:
-        """The steps that take the first ``examples`` examples."""
-        steps = self.steps_over(examples)
-        return replace(self, steps=steps, examples=examples, sizes=None if self.sizes is None else self.sizes[:steps])
+        """The steps that take the first ``examples`` examples; the last step is cut to them."""
+        steps, sizes = self.steps_over(examples), self.sizes
+        if sizes is not None:
+            sizes = (*sizes[: steps - 1], examples - sum(sizes[: steps - 1]))
+        return replace(self, steps=steps, examples=examples, sizes=sizes)
 
     def steps_over(self, examples: int) -> int:
         """The number of steps that take the first ``examples`` examples."""
@@ -391,7 +393,8 @@ def plan(
 ) -> Plan:
     """Plan a run: its batch sizes, learning rates and steps, stage by stage.
 
-    The run ends with the optimizer step that reaches the first of the given horizons.
+    The run ends with the optimizer step that reaches the first of the given horizons. A horizon in examples cuts this step, so
+    that the run takes exactly so many; not with ``beside`` or ``epoch_length``.
 
     Args:
         schedule: Batch size and learning rate.
@@ -428,6 +431,7 @@ def plan(
     for name, value in (*horizons.items(), ("num_examples", num_examples), ("tokens_per_sample", tokens_per_sample)):
         if value is not None:
             check_whole(name, value)
+    bounded = samples is not None and (epochs is not None or steps is not None)
     if epoch_length is not None:
         divide: _EpochStretches = partial(_stretches_of_one_size, num_examples=num_examples, length=epoch_length)
     else:
@@ -435,18 +439,27 @@ def plan(
         divide = partial(stretches_of_epoch, num_examples=num_examples, **options)  # type: ignore[arg-type]
         # the float 1.0 is the whole epoch, but the int 1 is one step
         whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0 and not (drop_last or beside.lengths)
-        if epochs is not None and steps is None and samples is None and whole_epochs:
-            samples = epochs * num_examples
-    horizon = Horizon(epochs, steps, samples, tokens_per_sample)
+        if epochs is not None and steps is None and whole_epochs:
+            samples = epochs * num_examples if samples is None else min(samples, epochs * num_examples)
+            epochs, bounded = -(-samples // num_examples), False  # both bounds end the run at the same step
+    end = Horizon(epochs, steps, samples, tokens_per_sample)
+    # it is not known before whether the examples end the run or another bound; schedules cannot count in fractions of that one
+    known = Horizon(None, None, samples, tokens_per_sample) if bounded else end
+    cuts = epoch_length is None and not beside.lengths
     # the lengths in the other units follow from the batch sizes alone; the learning rates may need them
-    lengths, _ = _walk(JointSchedule(schedule.batch_size), divide, horizon, horizon)
+    lengths, _ = _walk(JointSchedule(schedule.batch_size), divide, known, end, cuts)
+    taken = sum(stage.samples for stage in lengths)
+    if bounded and samples is not None and taken < samples:  # another bound
+        end = known = replace(end, samples=None)
+        lengths, _ = _walk(JointSchedule(schedule.batch_size), divide, known, end, cuts)
+        taken = sum(stage.samples for stage in lengths)
     full = Horizon(
-        epochs if epochs is not None else math.ceil(round(sum(stage.epochs for stage in lengths), 6)),
-        steps if steps is not None else sum(stage.steps for stage in lengths),
-        samples if samples is not None else sum(stage.samples for stage in lengths),
+        known.epoch if known.epoch is not None else math.ceil(round(sum(stage.epochs for stage in lengths), 6)),
+        known.step if known.step is not None else sum(stage.steps for stage in lengths),
+        known.samples if known.samples is not None else taken,
         tokens_per_sample,
     )
-    stages, stretches = _walk(schedule, divide, full, horizon)
+    stages, stretches = _walk(schedule, divide, full, end, cuts)
     for message in filter(None, (schedule.warn_of(), _warn_of_maximum(schedule, stages), _warn_of_zero(stages))):
         warnings.warn(message, stacklevel=2)
     rounded = (replace(s, epochs=round(s.epochs, 6), first_epoch=round(s.first_epoch, 6)) for s in stages)
@@ -454,13 +467,13 @@ def plan(
 
 
 def _walk(
-    schedule: JointSchedule, divide: _EpochStretches, horizon: Horizon, end: Horizon
+    schedule: JointSchedule, divide: _EpochStretches, horizon: Horizon, end: Horizon, cuts: bool
 ) -> tuple[list[Stage], list[list[Stretch]]]:
     """The stages, and the stretches of each."""
     stages: list[Stage] = []
     stretches: list[list[Stretch]] = []
     previous_varies = False
-    for stretch, first_epoch, epochs in _until(schedule, divide, Progress(horizon=horizon), end):
+    for stretch, first_epoch, epochs in _until(schedule, divide, Progress(horizon=horizon), end, cuts):
         lr, last_lr, varies = _rates(schedule, stretch)
         size = stretch.batch_size
         stage = Stage(len(stages), first_epoch, epochs, stretch.steps, stretch.examples, size, lr, last_lr)
@@ -476,9 +489,12 @@ def _walk(
 
 
 def _until(
-    schedule: JointSchedule, divide: _EpochStretches, progress: Progress, end: Horizon
+    schedule: JointSchedule, divide: _EpochStretches, progress: Progress, end: Horizon, cuts: bool
 ) -> Iterator[tuple[Stretch, float, float]]:
-    """The stretches of every epoch up to ``end``, each with its start and its length in epochs."""
+    """The stretches of every epoch up to ``end``, each with its start and its length in epochs.
+
+    The last step is cut to the end in examples if ``cuts``.
+    """
     while not end.ends_before(progress):
         epoch = divide(schedule, progress)
         examples = sum(stretch.examples for stretch in epoch)
@@ -490,6 +506,8 @@ def _until(
             if end.samples is not None:
                 steps = min(steps, stretch.steps_over(end.samples - stretch.start.samples))
             for kept in _first_steps([stretch], steps):
+                if cuts and end.samples is not None and kept.start.samples + kept.examples > end.samples:
+                    kept = kept.over(end.samples - kept.start.samples)
                 yield kept, progress.epoch + behind / examples, kept.examples / examples
                 behind += kept.examples
                 progress = kept.start.advance(kept.examples, kept.steps)

@@ -2,12 +2,14 @@ import csv
 import math
 import subprocess
 import sys
+import warnings
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from lightning_bsl.schedules import (
@@ -154,8 +156,9 @@ def walk(schedule: JointSchedule, n: int, end: Horizon, horizon: Horizon, limit:
             clock = before
             if ended():
                 return steps
-            steps.append(step._replace(share=step.examples / sum(s.examples for _, s in kept)))
-            clock = before.advance(step.examples)
+            examples = min(step.examples, (end.samples or 10**9) - clock.samples)  # a horizon in examples cuts the last step
+            steps.append(step._replace(examples=examples, share=examples / sum(s.examples for _, s in kept)))
+            clock = before.advance(examples)
         clock = clock.next_epoch()
     return steps
 
@@ -273,6 +276,26 @@ def test_a_plan_is_what_a_walk_step_by_step_finds(
         if stage.lr == stage.last_lr and not callable(lr) | isinstance(lr, Milestones):
             assert {step.lr for step in taken} == {stage.lr}
         position += stage.steps
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch_families, rate_families, st.integers(14, 45), st.integers(1, 150), st.integers(1, 6), st.integers(1, 40))
+def test_of_two_bounds_the_first_counts(
+    batch_size: Schedule, lr: Schedule, n: int, samples: int, epochs: int, steps: int
+) -> None:
+    make = partial(plan, JointSchedule(batch_size, lr), n, tokens_per_sample=TOKENS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            alone = make(samples=samples)
+        except ValueError:  # a warm-up longer than the run
+            reject()
+        both = make(samples=samples, epochs=epochs)
+        first = alone if samples <= epochs * n else make(epochs=epochs)
+        assert (both.stages, both.horizon, both.samples) == (first.stages, first.horizon, min(samples, epochs * n))
+        both, by_steps = make(samples=samples, steps=steps), make(steps=steps)
+        first = alone if alone.steps <= steps and alone.samples <= by_steps.samples else by_steps
+        assert (both.stages, both.horizon) == (first.stages, first.horizon)
 
 
 # --- output, warnings, errors ----------------------------------------------------------------------------------------------
