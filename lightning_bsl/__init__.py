@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         AdaptiveBatchLRScheduler,
         BatchEMA,
         BatchLRScheduler,
+        CheckpointEvery,
         FullGradientNorm,
         GradientNoiseScale,
         GradientNormTrigger,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         NormTest,
         PlateauTrigger,
         TrainingTime,
+        ValidateEvery,
     )
     from lightning_bsl.data import BatchSizeDataModule
 
@@ -27,6 +29,7 @@ __all__ = [
     "BatchEMA",
     "BatchLRScheduler",
     "BatchSizeDataModule",
+    "CheckpointEvery",
     "FullGradientNorm",
     "GradientNoiseScale",
     "GradientNormTrigger",
@@ -34,6 +37,7 @@ __all__ = [
     "NormTest",
     "PlateauTrigger",
     "TrainingTime",
+    "ValidateEvery",
 ]
 
 

@@ -1,8 +1,9 @@
-"""The callbacks: schedulers of batch size and learning rate, measurements, and triggers."""
+"""The callbacks: schedulers of batch size and learning rate, measurements, triggers, and what validates and saves."""
 
 from lightning_bsl.callbacks.adaptive import AdaptiveBatchLRScheduler
 from lightning_bsl.callbacks.batch_ema import BatchEMA
 from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, plan_fit
+from lightning_bsl.callbacks.checkpoint_every import CheckpointEvery
 from lightning_bsl.callbacks.full_gradient import FullGradient
 from lightning_bsl.callbacks.gradient_noise import GradientNoiseScale
 from lightning_bsl.callbacks.gradient_norm import FullGradientNorm
@@ -16,6 +17,7 @@ from lightning_bsl.callbacks.triggers import (
     PlateauTrigger,
     Trigger,
 )
+from lightning_bsl.callbacks.validate_every import ValidateEvery
 
 __all__ = [
     "CABS",
@@ -23,6 +25,7 @@ __all__ = [
     "BatchEMA",
     "BatchLRScheduler",
     "BatchTarget",
+    "CheckpointEvery",
     "FullGradient",
     "FullGradientNorm",
     "GradientNoiseScale",
@@ -32,5 +35,6 @@ __all__ = [
     "PlateauTrigger",
     "TrainingTime",
     "Trigger",
+    "ValidateEvery",
     "plan_fit",
 ]

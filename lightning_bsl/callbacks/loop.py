@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
@@ -375,3 +376,33 @@ def _set_batch(trainer: Trainer, batch: Any) -> None:
     """Set the batch of Lightning's logging: its size is the weight of logged values."""
     results = cast(Any, trainer._results)
     results.batch, results.batch_size = batch, None
+
+
+def validate_when(trainer: Trainer, due: Callable[[], bool], undo: ExitStack) -> None:
+    """Make Lightning validate after a batch if ``due()``, and at no other time.
+
+    Lightning asks after each batch, and at the start of a resumed epoch.
+
+    Args:
+        trainer: The Trainer.
+        due: Whether to validate.
+        undo: Restores Lightning when it is closed.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    _replace(loop, "_should_check_val_fx", lambda _: due(), undo)
+
+
+def validate_before_training(trainer: Trainer) -> None:
+    """Make a resumed fit begin with a validation, if ``validate_when`` says so; called in ``on_train_start``.
+
+    Lightning does this only from a checkpoint that was saved inside a validation, and then goes on inside it. It skips a
+    validation that was due after a checkpoint of ``on_train_batch_end``.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # begin with the first batch
+    loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+
+
+def checks_epoch_ends(callback: EarlyStopping) -> bool:
+    """Whether an ``EarlyStopping`` looks at the ends of epochs, not at each validation; it may not have decided yet."""
+    return bool(callback._check_on_train_epoch_end)

@@ -140,3 +140,19 @@ class Progress(NamedTuple):
         if length is not None:
             horizon = replace(horizon, **{unit: length - count})
         return self._replace(**{unit: self.count(unit) - count}, horizon=horizon)
+
+
+def crosses(before: Progress, after: Progress, every: int, unit: Unit) -> bool:
+    """Whether the clock passes or reaches a multiple of ``every`` on its way from ``before`` to ``after``.
+
+    Args:
+        before: The clock before, for example, a step.
+        after: The clock after it.
+        every: Distance of the multiples, in ``unit``.
+        unit: The unit.
+
+    Example:
+        >>> crosses(Progress(samples=96), Progress(samples=128), every=100, unit="samples")
+        True
+    """
+    return after.count(unit) // every > before.count(unit) // every

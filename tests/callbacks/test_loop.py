@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -156,6 +156,8 @@ def test_ended_epoch(tmp_path: Path) -> None:
         "fit_loop.epoch_loop.update_lr_schedulers",
         "fit_loop.epoch_loop._should_accumulate",
         "fit_loop.epoch_loop._batches_that_stepped",
+        "fit_loop.epoch_loop._should_check_val_fx",
+        "fit_loop.epoch_loop.val_loop._restart_stage",
         "strategy._lightning_optimizers",
         "_logger_connector.should_update_logs",
         "_data_connector._prepare_dataloader",
@@ -179,6 +181,45 @@ def test_attributes_of_others() -> None:
     assert replaced <= vars(DataLoader(DATA)).keys()
     assert {"_update_count", "_computed"} <= vars(MeanMetric()).keys()
     assert "require_forward_param_sync" in DistributedDataParallel.__init__.__code__.co_names
+    assert [loop.checks_epoch_ends(EarlyStopping("loss", check_on_train_epoch_end=ends)) for ends in (True, False, None)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+class Validates(Callback):
+    """Validates after the batches of ``at``, and first if the run is resumed."""
+
+    def __init__(self, *at: int) -> None:
+        self.at = at
+        self.undo = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        loop.validate_when(trainer, lambda: trainer.global_step in self.at, self.undo)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step:
+            loop.validate_before_training(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.undo.close()
+
+
+def test_when_lightning_validates(tmp_path: Path) -> None:
+    class Validated(Model):
+        def val_dataloader(self) -> Any:
+            return DataLoader(DATA)
+
+    fit(model := Validated(), tmp_path, DataLoader(DATA, batch_size=4), Validates(1, 2, 5))
+    assert model.validated == [1, 2, 5]
+    for step in (2, 5):  # saved after the step, and before its validation
+        resumed = Validated()
+        path = tmp_path / f"step={step}.ckpt"
+        trainer = fits.fit(resumed, DataLoader(DATA, batch_size=4), Validates(1, 2, 5), max_epochs=2, ckpt_path=path)
+        assert resumed.validated == [at for at in (1, 2, 5) if at >= step]
+        assert trainer.global_step == 6
+        assert "_should_check_val_fx" not in vars(trainer.fit_loop.epoch_loop)
 
 
 def test_what_a_checkpoint_counts(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lightning_bsl.datasets import PydocTopics
 from lightning_bsl.models import CausalLM, distilgpt2
 from lightning_bsl.schedules import DecayTimescale, HalfLife, SqrtScaling
 
-BASE, LR, EPOCHS, SEEDS = 2, 0.0005, 2, 5
+BASE, LR, EPOCHS, SEEDS = 2, 0.0005, 2, 10
 FOLLOW: dict[str, dict[str, Any]] = {
     "rate alone": {},
     "betas": {"betas": HalfLife(BASE)},
@@ -30,7 +30,7 @@ FOLLOW: dict[str, dict[str, Any]] = {
 
 
 class Losses(Callback):
-    """The loss of the same 180 validation examples, after each 128 samples."""
+    """The loss of the validation set, after each 128 samples."""
 
     def __init__(self, scheduler: BatchLRScheduler) -> None:
         self.scheduler = scheduler
