@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         TrainingTime,
         ValidateEvery,
     )
-    from lightning_bsl.data import BatchSizeDataModule
+    from lightning_bsl.data import BatchSizeDataModule, StreamDataModule
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "NoiseTarget",
     "NormTest",
     "PlateauTrigger",
+    "StreamDataModule",
     "TrainingTime",
     "ValidateEvery",
 ]
@@ -44,6 +45,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # imported on first use, so that `lightning_bsl.schedules` loads neither torch nor Lightning
     if name in __all__:
-        home = "lightning_bsl.data" if name == "BatchSizeDataModule" else "lightning_bsl.callbacks"
+        home = "lightning_bsl.data" if name.endswith("DataModule") else "lightning_bsl.callbacks"
         return getattr(import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ import struct
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -32,11 +32,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 from torchvision import datasets
 from torchvision import transforms as T
 
-from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale
+from lightning_bsl import BatchLRScheduler, FullGradientNorm, GradientNoiseScale, StreamDataModule
 from lightning_bsl.app.train import train as train_as_configured
 from lightning_bsl.datasets import CIFAR10, Digits, FashionMNIST, ImageDataModule, ImageTensors, TextFolder
 from lightning_bsl.datasets.image import identity
@@ -401,6 +401,44 @@ def _gaps(datamodule: LightningDataModule, epochs: int, callbacks: list[Callback
         **options,
     ).fit(Classifier(cnn5(width=4), 10), datamodule)
     return gaps.seconds
+
+
+# --- stream: examples per second of a regrouped stream, against the bare stream in batches of the same size ---
+
+
+class _Rows(IterableDataset[tuple[torch.Tensor, int]]):
+    """Grey images of 28x28, shared among the workers."""
+
+    def __init__(self, number: int) -> None:
+        self.images = torch.randint(256, (number, 1, 28, 28), dtype=torch.uint8)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for i in range(first, len(self.images), step):
+            yield self.images[i].float() / 255, i % 10
+
+
+def stream(arguments: argparse.Namespace) -> list[Bound]:
+    """Compare the loader of StreamDataModule with a DataLoader over the same stream, at the sizes that a growing batch has."""
+    rows, bounds = [], []
+    source = _Rows(TOY_IMAGES if arguments.toy else 60_000)
+    for workers in (0, 2):
+        for batch_size in (8,) if arguments.toy else (8, 64, 512, 4096):
+            ours = StreamDataModule(source, batch_size=batch_size, num_workers=workers).train_dataloader()
+            bare = DataLoader(source, batch_size=batch_size, num_workers=workers)
+            candidates = {"regrouped": partial(_examples, ours), "bare": partial(_examples, bare)}
+            found = rates(candidates, arguments.rounds)
+            name = f"stream/{workers}_workers/{batch_size}"
+            rows.append([name, *(f"{found[key]:,.0f}" for key in candidates)])
+            bounds.append(Bound(name, found["regrouped"] / found["bare"], 0.9))
+    print("examples per second, medians")
+    print(table(["workers/batch size", "regrouped", "bare"], rows))
+    return bounds
+
+
+def _examples(loader: Any) -> int:
+    return sum(len(labels) for _, labels in loader)
 
 
 # --- noise_scale: the price of GradientNoiseScale, where steps have several pieces and where they have one ---
@@ -812,6 +850,7 @@ def main() -> None:
 
     add("callback", callback, "training steps with BatchLRScheduler and without")
     add("switch", switch, "the pause in which the batch size changes, with two worker processes")
+    add("stream", stream, "a stream that is regrouped, against the bare stream")
     add("noise_scale", noise_scale, "training steps with GradientNoiseScale and without, in micro-batches and in one piece")
     add("lengths", lengths, "training on documents: micro-batches cut by length, over those cut by number")
     add("gradient_norm", gradient_norm, "the time of a full gradient norm")

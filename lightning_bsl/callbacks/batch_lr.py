@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -233,7 +233,7 @@ class BatchLRScheduler(Callback):
         self.schedule = schedule
         if self._data is not None:
             self._data.follow(schedule)
-            if not trainer.is_last_batch:
+            if not trainer.is_last_batch and isinstance(self.training_loader, Sized):  # a stream has no length
                 set_epoch_length(trainer, self._data.index, len(self.training_loader))
             self._look_up()
 
@@ -281,6 +281,7 @@ class BatchLRScheduler(Callback):
         """Add the random generators of every process, so that a resumed run draws the same dropout masks."""
         state = checkpoint["callbacks"][self.state_key]
         state["inside_step"], state["rng"] = self._splitter.under_way, self._start.write(trainer, checkpoint)
+        state["positions"] = self._data.positions(trainer) if self._data is not None else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizers, and decide who sets the learning rates: this callback or the module."""

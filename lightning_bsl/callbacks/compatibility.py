@@ -25,6 +25,7 @@ from lightning_bsl.callbacks.loss_terms import has_loss_terms
 from lightning_bsl.callbacks.micro_batches import StepSplitter
 from lightning_bsl.callbacks.sources import DataSource
 from lightning_bsl.data.datamodule import BatchSizeDataModule
+from lightning_bsl.data.stream_loader import StreamDataModule
 from lightning_bsl.schedules import Constant, JointSchedule, Plan, ScalingRule
 
 
@@ -50,9 +51,9 @@ def refuse(
             "leave one of them out"
         )
     accumulate = trainer.accumulate_grad_batches
-    if accumulate != 1 and isinstance(trainer.datamodule, BatchSizeDataModule):  # type: ignore[attr-defined]
+    if accumulate != 1 and isinstance(trainer.datamodule, (BatchSizeDataModule, StreamDataModule)):  # type: ignore[attr-defined]
         raise MisconfigurationException(
-            f"`accumulate_grad_batches={accumulate}` with a BatchSizeDataModule: its batch size "
+            f"`accumulate_grad_batches={accumulate}` with a {type(trainer.datamodule).__name__}: its batch size "  # type: ignore[attr-defined]
             "is already that of a whole optimizer step. Write `accumulate_grad_batches=1` and the batch size you want"
         )
     if accumulate != 1 and max_device_batch_size is not None:

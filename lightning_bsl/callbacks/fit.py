@@ -29,7 +29,7 @@ from lightning_bsl.schedules import Horizon, JointSchedule, Plan, plan
 from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.plan import Beside, EpochLength, Measure, check_fits
 
-VERSION = 3  # format of the state in checkpoints
+VERSION = 4  # format of the state in checkpoints
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,11 @@ class Fit:
         clock.begin(end, replace(whole_run, tokens_per_sample=fit.tokens_per_sample))
         return fit
 
+    @property
+    def positions(self) -> list[Any] | None:
+        """The positions in a stream from which the fit resumes."""
+        return None if self.resumed is None or self.resumed.epoch_ended else self.resumed.positions
+
     def is_due(self, data: DataSource, epoch: int) -> bool:
         """Whether the user wants new loaders in ``epoch`` (``reload_dataloaders_every_n_epochs``)."""
         return self.asks.every > 0 and epoch - data.asked_at >= self.asks.every
@@ -216,11 +221,13 @@ class Resumed:
         horizon: Length of the run that saved it, in each unit.
         epoch_ended: Whether Lightning goes on with the next epoch, not with the one in which the checkpoint was saved.
         inside_step: Whether it was saved inside a step, which then starts again.
+        positions: The position of each process in its stream, if the data are a stream.
     """
 
     horizon: Horizon
     epoch_ended: bool
     inside_step: bool
+    positions: list[Any] | None = None
 
     @classmethod
     def read(cls, trainer: Trainer, checkpoint: dict[str, Any], key: str, start: StepStart) -> Resumed:
@@ -251,7 +258,8 @@ class Resumed:
         start_epoch_after_fit(checkpoint)
         states = state["rng"]
         start.restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
-        return cls(Horizon(**state["horizon"]), ended_epoch(checkpoint, trainer.max_steps), state["inside_step"])
+        ended = ended_epoch(checkpoint, trainer.max_steps)
+        return cls(Horizon(**state["horizon"]), ended, state["inside_step"], state["positions"])
 
     def go_on(
         self, trainer: Trainer, fit: Fit, data: DataSource, clock: RunClock, schedule: JointSchedule, start: StepStart

@@ -287,6 +287,9 @@ class PlannedData:
         """Remember the numbers of batches; the samplers follow the plan, so there is nothing to check."""
         self._batches = self._lengths()
 
+    def positions(self, trainer: Trainer) -> None:
+        """Return ``None``: there is no stream, or it has no position."""
+
     def close(self) -> None:
         """End the workers."""
         for loader in self.loaders.flattened:

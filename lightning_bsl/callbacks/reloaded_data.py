@@ -197,6 +197,9 @@ class ReloadedData:
         """Refuse: the batch size changes only between epochs."""
         raise MisconfigurationException(f"growth inside an epoch needs a training loader that can be re-made: {REMEDY}")
 
+    def positions(self, trainer: Trainer) -> None:
+        """Return ``None``: there is no stream, or it has no position."""
+
     def close(self) -> None:
         """End the workers."""
         for loader in self.loaders.flattened:

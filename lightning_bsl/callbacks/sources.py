@@ -17,8 +17,10 @@ from lightning_bsl.callbacks.loaders import REMEDY, Ask, Asks, Epoch, as_combine
 from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
 from lightning_bsl.callbacks.planned_data import PlannedData
 from lightning_bsl.callbacks.reloaded_data import ReloadedData
+from lightning_bsl.callbacks.stream_data import StreamData
 from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import Cut
+from lightning_bsl.data.stream_loader import StreamLoader
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
 from lightning_bsl.schedules.functions import Function
 from lightning_bsl.schedules.plan import Measure, Stretch
@@ -126,6 +128,13 @@ class DataSource(Protocol):
         """Refuse loaders that will not follow the plan."""
         ...
 
+    def positions(self, trainer: Trainer) -> list[Any] | None:
+        """The position of each process in its stream, before the step under way; ``None`` if the order is known.
+
+        Every process must call it.
+        """
+        ...
+
     def close(self) -> None:
         """End the loaders' workers."""
         ...
@@ -138,6 +147,11 @@ class FitSettings(Protocol):
     undo: ExitStack
     seed: int
     in_tokens: bool
+
+    @property
+    def positions(self) -> list[Any] | None:
+        """The positions in a stream from which the fit resumes."""
+        ...
 
 
 def source_of(
@@ -166,6 +180,13 @@ def source_of(
         MisconfigurationException: The loader cannot follow the schedule; the message says why, and what to write instead.
     """
     combined = as_combined(ask())
+    if any(isinstance(loader, StreamLoader) for loader in combined.flattened):
+        if fit.in_tokens:
+            raise MisconfigurationException(
+                "the examples of a stream have to be read before they are known, so no step can be planned in tokens "
+                '(`batch_size_unit="tokens"`): write batch sizes in examples'
+            )
+        return StreamData(trainer, combined, clock, splitter, cast(Function, schedule.batch_size), fit.positions)
     index = scheduled_index(trainer, module, combined, ask, name)
     loader = combined.flattened[index]
     reason = obstacle(loader)

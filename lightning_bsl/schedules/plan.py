@@ -439,8 +439,8 @@ def plan(
         divide = partial(stretches_of_epoch, num_examples=num_examples, **options)  # type: ignore[arg-type]
         # the float 1.0 is the whole epoch, but the int 1 is one step
         whole_epochs = isinstance(limit_batches, float) and limit_batches == 1.0 and not (drop_last or beside.lengths)
-        if epochs is not None and steps is None and whole_epochs:
-            samples = epochs * num_examples if samples is None else min(samples, epochs * num_examples)
+        if steps is None and whole_epochs:
+            samples = min(bound for bound in (samples, epochs and epochs * num_examples) if bound is not None)
             epochs, bounded = -(-samples // num_examples), False  # both bounds end the run at the same step
     end = Horizon(epochs, steps, samples, tokens_per_sample)
     # it is not known before whether the examples end the run or another bound; schedules cannot count in fractions of that one

@@ -54,7 +54,8 @@ class Horizon:
             raise ValueError(
                 f"a schedule asks for the run's length in unit {unit!r}, which is not known here. Give the schedule a length "
                 "of its own (`total=...`, or an int for `every=...` or `over=...`), or bound the run "
-                "(`max_epochs` gives its length in epochs, samples and tokens, `max_steps` in steps; -1 is no bound)"
+                "(`max_epochs` gives its length in epochs, and in samples and tokens if that of an epoch is known, `max_steps` "
+                "in steps, `BatchLRScheduler(max_samples=...)` in samples and tokens)"
             )
         return length
 

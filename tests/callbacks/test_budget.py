@@ -99,9 +99,9 @@ def test_the_bound_that_comes_first_counts(bounds: dict[str, int], samples: int,
 @pytest.mark.quick(cap=[4])
 @pytest.mark.parametrize("cap", [None, 4])
 def test_resumes_bit_for_bit(cap: Any, tmp_path: Path) -> None:
-    def run(*callbacks: Callback, path: Any = None) -> Regression:
+    def run(*callbacks: Callback, path: Any = None, budget: int = 100) -> Regression:
         torch.manual_seed(3)
-        scheduler = BatchLRScheduler(GROWING, Cosine(0.05, unit="samples"), cap, max_samples=100)
+        scheduler = BatchLRScheduler(GROWING, Cosine(0.05, unit="samples"), cap, max_samples=budget)
         model = Regression(torch.nn.Dropout(0.2))
         options = {"enable_checkpointing": bool(callbacks), "ckpt_path": path} | ENDLESS
         return trained(model, own(DATA, VALIDATION), scheduler, *callbacks, **options)
@@ -112,6 +112,8 @@ def test_resumes_bit_for_bit(cap: Any, tmp_path: Path) -> None:
         resumed = run(path=tmp_path / f"step={step}.ckpt")
         assert equal(resumed, whole), step
         assert sum(resumed.sizes) == 100 - sum(map(len, cut(GROWING, 100)[:step]))
+    longer = run(path=tmp_path / "step=12.ckpt", budget=161)  # with the next epoch: what was cut off is left out
+    assert sum(longer.sizes) == 61 and {step.epoch for step in longer.journal} == {2}
     for name in ("step=12.ckpt", "end.ckpt"):  # nothing is left to train
         if not (tmp_path / name).exists():
             whole.trainer.save_checkpoint(tmp_path / name)
@@ -169,9 +171,10 @@ def test_loaders_that_cannot_be_cut_end_with_the_step_that_reaches_it() -> None:
     assert two.plan is not None and (two.plan.samples, two.plan.steps) == (61, 8)
 
 
-def test_schedules_in_epochs_count_those_of_the_budget() -> None:
+@pytest.mark.parametrize("max_epochs", [-1, 1000])
+def test_schedules_in_epochs_count_those_of_the_budget(max_epochs: int) -> None:
     halves = BatchLRScheduler(Milestones([6, 12], at=[0.5]), 0.05, max_samples=2 * N)
-    assert [len(step) for step in taken(trained(Regression(), own(DATA), halves, max_epochs=1000))] == [6] * 10 + [1] + [
+    assert [len(step) for step in taken(trained(Regression(), own(DATA), halves, max_epochs=max_epochs))] == [6] * 10 + [1] + [
         12
     ] * 5 + [1]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -32,9 +33,9 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler, default_collate, get_worker_info
 
-from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
+from lightning_bsl import BatchLRScheduler, BatchSizeDataModule, StreamDataModule
 from lightning_bsl.schedules import Progress, SqrtScaling
 
 STEP_SECONDS, VALIDATION_SECONDS = 0.004, 0.01  # slow enough for kills to land everywhere
@@ -53,6 +54,77 @@ def batch_size(progress: Progress) -> float:
 def examples(number: int, seed: int) -> TensorDataset:
     x = torch.randn(number, 8, generator=torch.Generator().manual_seed(seed))
     return TensorDataset(x, x.prod(dim=1, keepdim=True), torch.arange(number))
+
+
+class Rows(IterableDataset[Any]):
+    """Examples on disk, divided among the workers; it knows its position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        examples = TensorDataset(*torch.load(self.path))
+        mine = range(worker.id if worker else 0, len(examples), worker.num_workers if worker else 1)
+        while self.position < len(mine):
+            self.position += 1
+            yield examples[mine[self.position - 1]]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def write_shards(source: str, folder: Path, data: TensorDataset) -> None:
+    """Write examples as a library does. What the lives need of it is imported here, before they are forked."""
+    folder.mkdir()
+    if source == "litdata":
+        from litdata.streaming.writer import BinaryWriter
+
+        writer = BinaryWriter(str(folder), chunk_size=100)
+        for i in range(len(data)):
+            writer[i] = [*data[i]]
+        writer.done()
+        writer.merge(1)
+    elif source == "datasets":
+        import datasets.distributed  # noqa: F401
+
+        for shard in range(4):
+            rows = (data[i] for i in range(shard, len(data), 4))
+            lines = (json.dumps({"x": x.tolist(), "y": y.tolist(), "i": int(i)}) for x, y, i in rows)
+            (folder / f"{shard}.jsonl").write_text("\n".join(lines))
+    else:
+        import torchdata.stateful_dataloader  # noqa: F401
+
+        torch.save(data.tensors, folder / "data.pt")
+
+
+def collate(examples: list[Any]) -> Any:
+    """A batch of tuples, or of the records of ``datasets``."""
+    return default_collate([tuple(row[name] for name in "xyi") if isinstance(row, dict) else row for row in examples])
+
+
+def stream(source: str, folder: Path) -> Any:
+    """A stream of a library over what `write_shards` wrote."""
+    if source == "litdata":
+        import litdata
+
+        return litdata.StreamingDataset(str(folder), shuffle=True, seed=5)
+    if source == "datasets":
+        import huggingface_hub
+
+        import datasets
+
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        files = sorted(map(str, folder.glob("*.jsonl")))
+        options: dict[str, Any] = {"split": "train", "streaming": True, "cache_dir": str(folder / "cache")}
+        return datasets.load_dataset("json", data_files={"train": files}, **options).with_format("torch")
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(Rows(folder / "data.pt"), batch_size=16, num_workers=2)
 
 
 class Moment(NamedTuple):
@@ -143,7 +215,7 @@ def train(folder: Path, journal: Path, options: argparse.Namespace, moment: Mome
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=options.epochs,
-        val_check_interval=0.5,
+        val_check_interval=20 if options.source else 0.5,  # a stream has no length
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -151,6 +223,11 @@ def train(folder: Path, journal: Path, options: argparse.Namespace, moment: Mome
     )
     train, val = examples(510, 2), examples(96, 3)
     datamodule: Any = BatchSizeDataModule(train, val, eval_batch_size=32, num_workers=2, seed=4)
+    if options.source:
+        there = stream(options.source, folder.parent / "shards")
+        workers = 0 if options.source == "torchdata" else 2  # its loader has its own
+        function = None if options.source == "torchdata" else collate
+        datamodule = StreamDataModule(there, val, eval_batch_size=32, num_workers=workers, seed=4, collate_fn=function)
     if options.weighted:  # a loader as people write it, with a sampler
         sampler = WeightedRandomSampler([1.0 + i % 3 for i in range(510)], 510)
         datamodule = LightningDataModule.from_datasets(train)
@@ -328,6 +405,8 @@ def differences(expected: Iterable[Line], actual: Iterable[Line]) -> list[str]:
 
 def compare_runs(folder: Path, options: argparse.Namespace) -> int:
     """Train without and with kills; the number of differences."""
+    if options.source:
+        write_shards(options.source, folder / "shards", examples(510, 2))
     began = time.monotonic()
     whole = Life(folder / "whole", 0, options)
     whole.wait(step=0)
@@ -386,6 +465,7 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--weighted", action="store_true", help="a DataLoader with a WeightedRandomSampler, not our DataModule")
+    parser.add_argument("--source", choices=["litdata", "torchdata", "datasets"], help="a stream of a library")
     parser.add_argument("--cap", type=int, help="`max_device_batch_size`; the model then has no BatchNorm")
     parser.add_argument("--temporary", help="folder for Lightning's temporary files, say on another file system")
     parser.add_argument("--keep", help="folder to copy journals and checkpoints to")

@@ -13,6 +13,7 @@ BOUNDS = {
     "data": ["fashion_mnist/16/vs_torchvision", "fashion_mnist/16/vs_bare", "cifar/16/vs_torchvision"],
     "callback": ["FashionMNIST/8", "Digits/8", "Digits/8/loss_terms"],
     "switch": ["epoch_end", "inside_epoch"],
+    "stream": ["0_workers/8", "2_workers/8"],
     "noise_scale": ["FashionMNIST/8/micro-batches", "Digits/8", "Digits/4"],
     "lengths": ["by_length_over_by_number"],
     "gradient_norm": ["fashion_mnist/over_bare", "fashion_mnist/torchvision_over_ours"],

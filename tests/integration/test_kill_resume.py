@@ -16,15 +16,21 @@ from kill_resume import Line, differences, read_state
     "options",
     [
         "--kills 2 --seed 2 --exact --epochs 3",
+        "--kills 1 --seed 2 --exact --epochs 2 --source torchdata",
         pytest.param("--kills 20 --seed 2 --exact", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --exact --cap 7", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 2", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 4 --weighted", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --cap 7", marks=pytest.mark.slow),
+        pytest.param("--kills 30 --seed 7 --epochs 6 --source litdata", marks=pytest.mark.slow),
+        pytest.param("--kills 30 --seed 7 --epochs 6 --source torchdata", marks=pytest.mark.slow),
+        pytest.param("--kills 30 --seed 7 --epochs 6 --source datasets", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_killed_and_resumed_equals_never_killed(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "--source" in options:
+        pytest.importorskip(options.split()[-1])
     assert kill_resume.run(options.split()) == 0
     summary = capsys.readouterr().out.splitlines()[-1]
     assert summary.endswith(": equal")
