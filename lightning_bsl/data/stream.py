@@ -357,6 +357,7 @@ class Source:
         self.litdata = _is_from(self.dataset, "litdata")
         self._iterator: Any = None
         self.has_state = self._knows_position()
+        self._stale = False  # whether positions of this pass are not to be trusted
         self._first: tuple[Any] | None = None  # the position of the data set before the first pass
 
     @property
@@ -374,6 +375,8 @@ class Source:
             chunk_size: Number of examples to read at once, instead of the one asked for.
         """
         self._release()
+        # a worker of `datasets` that has loaded a position and given nothing yet reports the start of its shards
+        self._stale = state is not None and self.num_workers > 0 and hasattr(self.dataset, "_ex_iterable")
         if self.sized:
             self.chunk_size = chunk_size or self.asked_size
         if self.num_workers == 0 and _is_stateful(self.dataset) and not self.litdata:
@@ -384,7 +387,7 @@ class Source:
                 self.dataset.load_state_dict(copy.deepcopy(self._first[0]))
         for part in (self.stream,) if self.dataset is self.stream else (self.stream, self.dataset):
             if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+                part.set_epoch(epoch + 1 if self.litdata else epoch)  # litData counts from 1, and mixes both counts otherwise
         if self._here:
             self._iterate_here(state)
         else:
@@ -426,7 +429,7 @@ class Source:
         Args:
             shorter: Whether an element had fewer examples than one before it.
         """
-        if not self.has_state:
+        if not self.has_state or self._stale:
             return None
         if self._here:
             iterator = self._iterator

@@ -241,7 +241,6 @@ def test_equals_a_plain_loop(name: str, schedule: Any, workers: int, shards: Cal
 
 
 @pytest.mark.quick(workers=[0], name=["litdata shuffled", "torchdata loader", "webdataset loader", "datasets"])
-@pytest.mark.quick(workers=[2], name=["torchdata loader"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_resumes_bit_for_bit(name: str, workers: int, shards: Callable[[str], Path], tmp_path: Path) -> None:
