@@ -224,6 +224,8 @@ def test_a_resumed_run_takes_the_validations_that_are_left(every: Any, way: int,
         assert resumed.validated == [at for at in whole.validated if at >= step and step < total], path
 
 
+@pytest.mark.quick(unit=["epoch"])
+@pytest.mark.quick(unit=["samples"], hook=["on_validation_start"])
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end"])
 @pytest.mark.parametrize("unit, n", [("samples", 20), ("epoch", 1)])
 def test_from_a_checkpoint_of_another_hook(unit: str, n: int, hook: str, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_resumes_bit_for_bit(cap: Any, workers: int, tmp_path: Path) -> None:
 
     whole = run(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
     steps = steps_of(whole.journal)
-    for step in (1, 7, 8, 9, 13):  # the first epoch has 8 steps
+    for step in (1, 8, 13):  # the first epoch has 8 steps
         resumed = run(path=tmp_path / f"step={step}.ckpt")
         assert steps_of(resumed.journal) == steps[step:]
         assert equal(resumed, whole), step

@@ -16,7 +16,7 @@ from kill_resume import Line, differences, read_state
     "options",
     [
         "--kills 2 --seed 2 --exact --epochs 3",
-        "--kills 1 --seed 2 --exact --epochs 2 --source torchdata",
+        pytest.param("--kills 1 --seed 2 --exact --epochs 2 --source torchdata", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 2 --exact", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 3 --exact --cap 7", marks=pytest.mark.slow),
         pytest.param("--kills 20 --seed 2", marks=pytest.mark.slow),

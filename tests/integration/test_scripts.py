@@ -108,6 +108,7 @@ def unigram_perplexity(cfg: DictConfig) -> float:
     return float(np.exp(-np.log(counts / counts.sum())[predicted].mean()))
 
 
+@pytest.mark.slow
 def test_language_model_grows_by_tokens_inside_the_first_epoch(run: Run, tmp_path: Path) -> None:
     overrides = (*PYDOC, "data.samples_per_epoch=1000", "trainer.max_epochs=1", "optimizer.lr=0.003",
                  "scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=16384",

@@ -69,7 +69,7 @@ def test_a_run_to_a_number_of_tokens(tmp_path: Path) -> None:
     ends = [tokens + number * BLOCK for tokens, number, _ in journal.steps]
     marks = [next(end for end in ends if end >= EVERY * k) for k in range(1, 6)]
     assert journal.validated == marks
-    for saved in marks[:4]:  # in the middle, and where the validation of the step is still to come
+    for saved in marks[1:3]:  # in the middle, and where the validation of the step is still to come
         resumed, rest = run(tmp_path / "resumed", tmp_path / "whole" / f"tokens={saved}.ckpt")
         assert equal(resumed, model)
         assert rest.steps == [step for step in journal.steps if step[0] >= saved]
