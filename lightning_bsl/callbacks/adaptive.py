@@ -222,8 +222,9 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         max_samples: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        ends = {"max_samples": max_samples, "max_tokens": max_tokens}
-        super().__init__(batch_size, lr, max_device_batch_size, loader, follow=follow, **ends)  # type: ignore[arg-type]
+        super().__init__(
+            batch_size, lr, max_device_batch_size, loader, follow=follow, max_samples=max_samples, max_tokens=max_tokens
+        )
         check_whole("check_every", check_every)
         self.controller = StageController(batch_size, lr, delta, gamma, maximum, max_lr)
         self.trigger = GradientNormTrigger() if trigger is None else trigger

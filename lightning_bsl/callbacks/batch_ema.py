@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
+from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, scheduler_of
 from lightning_bsl.schedules import HalfLife
 
 # Lightning 2.6.0 brought it
@@ -92,9 +92,8 @@ class BatchEMA(_Average):
         return averaged
 
     def _scheduler(self, trainer: Trainer) -> BatchLRScheduler:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, BatchLRScheduler):
-                return callback
+        if (scheduler := scheduler_of(trainer)) is not None:
+            return scheduler
         raise MisconfigurationException(
             "BatchEMA follows the batch size of a BatchLRScheduler, but there is none among the callbacks: add one, or use "
             "Lightning's EMAWeightAveraging"

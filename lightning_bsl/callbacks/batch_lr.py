@@ -468,3 +468,13 @@ class BatchLRScheduler(Callback):
         constants = self._constants.at(self.batch_size_of_step)
         samples, tokens = self._clock.progress.samples, self._fit.tokens_per_sample
         self._setting.log(pl_module, lr, samples, tokens, constants, on_step, on_epoch)
+
+
+def scheduler_of(trainer: Trainer) -> BatchLRScheduler | None:
+    """The scheduler among the callbacks, if there is one.
+
+    Args:
+        trainer: The Trainer.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, BatchLRScheduler)), None)

@@ -356,7 +356,8 @@ def check_sharding(trainer: Trainer, pl_module: LightningModule, trained: list[T
             f"`ModelParallelStrategy` with `fully_shard`, or `strategy='ddp'`, or leave {name} out"
         )
     if not isinstance(strategy, ModelParallelStrategy):
-        return refuse_sharded(trainer, name, "gradients")
+        refuse_sharded(trainer, name, "gradients")
+        return
     parallel = strategy.device_mesh["tensor_parallel"].size()
     if parallel > 1:
         raise MisconfigurationException(
@@ -377,7 +378,6 @@ def check_sharding(trainer: Trainer, pl_module: LightningModule, trained: list[T
             f"{required} parameters require gradients, and the optimizer has {len(trained)} of them; with "
             f"ModelParallelStrategy {name} cannot tell which: call `requires_grad_(False)` on the others"
         )
-    return None
 
 
 def check_val_interval(trainer: Trainer, data: DataSource, plan: Plan | None) -> None:

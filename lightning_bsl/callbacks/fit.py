@@ -28,6 +28,7 @@ from lightning_bsl.callbacks.sources import DataSource
 from lightning_bsl.schedules import Horizon, JointSchedule, Plan, plan
 from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.plan import Beside, EpochLength, Measure, check_fits
+from lightning_bsl.schedules.progress import VERY_LONG
 
 VERSION = 4  # format of the state in checkpoints
 
@@ -53,8 +54,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("max_samples", "max_tokens"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), instead=", or None for no such end of the run")
+            check_whole(name, getattr(self, name), instead=", or None for no such end of the run", or_none=True)
         if self.max_samples is not None and self.max_tokens is not None:
             raise ValueError(
                 f"`max_samples={self.max_samples}` and `max_tokens={self.max_tokens}` both end the run; write one of them"
@@ -90,7 +90,6 @@ class Fit:
         seed: Seed of the order of the examples.
         tokens_per_sample: The attribute of the DataModule.
         in_tokens: Whether batch sizes count tokens.
-        max_samples: The end of the run in samples.
         first_batch: Whether no batch has been trained yet.
         resumed: The checkpoint from which the fit resumes, if there is one.
         after_backward: To be closed after the current backward pass.
@@ -104,7 +103,6 @@ class Fit:
     seed: int = 0
     tokens_per_sample: int | None = None
     in_tokens: bool = False
-    max_samples: int | None = None
     first_batch: bool = True
     resumed: Resumed | None = None
     after_backward: ExitStack | None = None
@@ -130,14 +128,14 @@ class Fit:
         if trainer.global_step == 0:
             clock.reset()
         epochs, steps = (bound if bound and bound > 0 else None for bound in (trainer.max_epochs, trainer.max_steps))
-        fit.max_samples = budget.samples(fit.tokens_per_sample)
+        samples = budget.samples(fit.tokens_per_sample)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Lightning overwrites the length of the run, so schedules get a very long one
-            end, whole_run = Horizon(epochs, steps), Horizon(10**9, 10**12, 10**15)
+            end, whole_run = Horizon(epochs, steps), VERY_LONG
         else:
-            end = whole_run = Horizon(epochs, steps, fit.max_samples)
-            if fit.max_samples is not None:  # which bound comes first is known with the plan
-                whole_run = Horizon(samples=fit.max_samples)
+            end = Horizon(epochs, steps, samples)
+            # with several bounds it is known with the plan which comes first
+            whole_run = end if samples is None else Horizon(samples=samples)
         clock.begin(end, replace(whole_run, tokens_per_sample=fit.tokens_per_sample))
         return fit
 
@@ -176,7 +174,7 @@ class Fit:
             check_fits(schedule.largest or schedule(now).batch_size, most, now, unit)
         elif epoch is not None:
             bounds: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
-            bounds["max_samples"] = self.max_samples
+            bounds["max_samples"] = clock.end.samples
             make = partial(plan_fit, schedule, tokens_per_sample=self.tokens_per_sample, measure=measure, **bounds)
             run_plan = make(**epoch._asdict())
             if run_plan is not None and epoch.beside.lengths and data.splits(run_plan):

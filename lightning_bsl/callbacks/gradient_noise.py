@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
+from lightning_bsl.callbacks.batch_lr import scheduler_of
 from lightning_bsl.callbacks.compatibility import check_sharding
 from lightning_bsl.callbacks.loaders import batch_counts
 from lightning_bsl.callbacks.loop import logged_at, writes_step
@@ -156,8 +156,7 @@ class GradientNoiseScale(Callback):
         per: Literal["examples", "terms"] = "examples",
     ) -> None:
         for name, value in (("every", every), ("probe_every", probe_every), ("window", window)):
-            if value is not None:
-                check_whole(name, value)
+            check_whole(name, value, or_none=True)
         if per not in ("examples", "terms"):
             raise ValueError(f"unknown `per={per!r}`; write 'examples' or 'terms'")
         self.every = every
@@ -231,7 +230,7 @@ class GradientNoiseScale(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how to count the examples of a batch, and prepare the probes."""
-        self._counts = None if _scheduler(trainer) is not None else batch_counts(trainer)
+        self._counts = None if scheduler_of(trainer) is not None else batch_counts(trainer)
         if self.probe_every is not None and trainer.world_size == 1:
             obstacle = self.probe.begin(trainer, pl_module)
             if obstacle is not None and trainer.accumulate_grad_batches == 1:
@@ -295,7 +294,7 @@ class GradientNoiseScale(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure: the gradients are complete, and not clipped yet."""
         self._stepped = True
-        step, scheduler = self._step, _scheduler(trainer)
+        step, scheduler = self._step, scheduler_of(trainer)
         if not step.hooks:
             return
         step.stop()
@@ -338,7 +337,7 @@ class GradientNoiseScale(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the measurements."""
-        if batch is None and _scheduler(trainer) is None:  # Lightning does not clear the gradients at a batch that is None
+        if batch is None and scheduler_of(trainer) is None:  # Lightning does not clear the gradients at a batch that is None
             self._step.forget()
             self._left_out = logged_at(trainer)
         if self._stepped and writes_step(trainer):
@@ -367,7 +366,7 @@ class GradientNoiseScale(Callback):
 
     def _micro_batch(self, trainer: Trainer, module: LightningModule) -> MicroBatch:
         """The current micro-batch."""
-        scheduler, step = _scheduler(trainer), self._step
+        scheduler, step = scheduler_of(trainer), self._step
         if scheduler is not None and scheduler.micro_batch is not None:
             return scheduler.micro_batch
         assert self._counts is not None
@@ -387,14 +386,9 @@ class GradientNoiseScale(Callback):
             pl_module.log(name, value, batch_size=1, **arguments)
 
 
-def _scheduler(trainer: Trainer) -> BatchLRScheduler | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, BatchLRScheduler)), None)
-
-
 def _may_split(trainer: Trainer) -> bool:
     """Whether steps may have several pieces."""
-    scheduler = _scheduler(trainer)
+    scheduler = scheduler_of(trainer)
     if scheduler is None:
         return trainer.world_size > 1 or trainer.accumulate_grad_batches > 1
     if trainer.world_size > 1 or scheduler.max_device_batch_size is not None:

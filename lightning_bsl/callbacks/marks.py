@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_bsl.callbacks.batch_lr import BatchLRScheduler
+from lightning_bsl.callbacks.batch_lr import BatchLRScheduler, scheduler_of
 from lightning_bsl.schedules import Progress
 from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.progress import Unit, check_unit, crosses
@@ -49,14 +49,13 @@ class Marks:
         Raises:
             MisconfigurationException: There is no ``BatchLRScheduler``, or it does not count in ``unit``.
         """
-        schedulers = [callback for callback in trainer.callbacks if isinstance(callback, BatchLRScheduler)]  # type: ignore[attr-defined]
-        if not schedulers:
+        self._scheduler = scheduler_of(trainer)
+        if self._scheduler is None:
             raise MisconfigurationException(
                 f"{name} reads the clock of a BatchLRScheduler, but there is none among the callbacks: add one (with "
                 "`BatchLRScheduler(batch_size)` the batch size is constant), or use Lightning's `val_check_interval` and "
                 "`ModelCheckpoint(every_n_train_steps=...)`"
             )
-        self._scheduler = schedulers[0]
         if self.unit == "tokens" and self.progress.horizon.tokens_per_sample is None:
             raise MisconfigurationException(
                 f"`{name}({self.n}, unit='tokens')`: the number of tokens of an example is not known. Give the DataModule an "

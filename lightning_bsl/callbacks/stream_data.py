@@ -31,7 +31,7 @@ class StreamData:
         trainer: The Trainer.
         combined: The user's loaders: one ``StreamLoader``.
         clock: The clock of the run.
-        splitter: Knows how much of the current step is trained.
+        splitter: Has the largest size of a micro-batch.
         batch_size: The schedule of the batch size.
         positions: The positions of a checkpoint, one for each process; ``None`` for a new run.
 
@@ -72,16 +72,14 @@ class StreamData:
             )
         self.clock, self.cut = clock, Cut(rank, processes, splitter.limit)
         self.asked_at = clock.epoch_start.epoch
-        self._splitter, self._batch_size, self._done = splitter, batch_size, 0
-        self._position = None if positions is None else positions[rank]
-        self.loaders = self._followed(combined)
+        self._batch_size = batch_size
+        self.loaders = self._followed(combined, None if positions is None else positions[rank])
 
-    def _followed(self, combined: CombinedLoader) -> CombinedLoader:
+    def _followed(self, combined: CombinedLoader, position: Any = None) -> CombinedLoader:
         loader = self.loader = combined.flattened[0]
         loader.schedule, loader.cut = JointSchedule(self._batch_size), self.cut
         loader.clock, loader.behind = (lambda: self.clock.progress), (lambda: self.clock.behind)
-        loader.run_end, loader.position = self.clock.end.samples, self._position
-        self._position = None
+        loader.run_end, loader.position = self.clock.end.samples, position
         return combined
 
     def epoch(self, trainer: Trainer) -> Epoch | None:
@@ -102,11 +100,8 @@ class StreamData:
         return Parts(self.loader.steps[0].slices)
 
     def most_batches(self, batch_size: int) -> int:
-        """The number of micro-batches of equal shares; a process may have to give more at the end of the streams."""
-        return len(self.cut(batch_size, batch_size)) if self.cut.world_size == 1 else -(-batch_size // self._cap(batch_size))
-
-    def _cap(self, batch_size: int) -> int:
-        return self.cut.max_device_batch_size or batch_size
+        """The number of micro-batches if one process gives the whole step, as at the end of the streams."""
+        return -(-batch_size // (self.cut.max_device_batch_size or batch_size))
 
     def batches(self, stretch: Stretch, start: int) -> int:
         """The number of micro-batches."""
@@ -121,7 +116,6 @@ class StreamData:
 
     def consumed(self, splitter: StepSplitter) -> int:
         """The examples of the step; with its last micro-batch the position moves behind it."""
-        self._done += 1
         if splitter.last:
             self.loader.steps.popleft()
         return splitter.examples

@@ -153,8 +153,7 @@ class BatchTarget(ABC):
     def __post_init__(self) -> None:
         if not self.within > 1:
             raise ValueError(f"`within={self.within}` must be above 1: it is the factor to which a target must be known")
-        if self.round_to is not None:
-            check_whole("round_to", self.round_to, instead=", or None for the stages of the scheduler")
+        check_whole("round_to", self.round_to, instead=", or None for the stages of the scheduler", or_none=True)
         if not self.hysteresis >= 1:
             raise ValueError(f"`hysteresis={self.hysteresis}` must be 1 or more: smaller changes are not made")
 

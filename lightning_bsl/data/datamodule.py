@@ -108,10 +108,8 @@ class BatchSizeDataModule(LightningDataModule):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             check_whole(name, value)
-        if samples_per_epoch is not None:
-            check_whole("samples_per_epoch", samples_per_epoch)
-        if max_device_tokens is not None:
-            check_whole("max_device_tokens", max_device_tokens, instead=", or None for no bound")
+        check_whole("samples_per_epoch", samples_per_epoch, or_none=True)
+        check_whole("max_device_tokens", max_device_tokens, instead=", or None for no bound", or_none=True)
         self.train_set, self.val_set, self.test_set = train, val, test
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

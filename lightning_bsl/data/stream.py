@@ -334,7 +334,7 @@ class Source:
     ) -> None:
         check_whole("num_workers", num_workers, least=0)
         check_whole("chunk_size", chunk_size)
-        loader = loader_of(stream)
+        self._torch_loader = loader = loader_of(stream)
         _check_stream(stream, loader, num_workers)
         self.stream = stream
         self.batched = _gives_batches(stream, loader, batched)
@@ -398,8 +398,8 @@ class Source:
     def close(self) -> None:
         """End the workers."""
         self._release()
-        if self.loader_class is None and (loader := loader_of(self.stream)) is not None:
-            loader._iterator = None  # some loaders hold it, and with it the workers
+        if self._torch_loader is not None:
+            self._torch_loader._iterator = None  # some loaders hold it, and with it the workers
 
     def opened(self, item: Any) -> tuple[Any, int]:
         """An element of the stream, and the number of its examples.
@@ -475,7 +475,7 @@ class Source:
     @property
     def _here(self) -> bool:
         """Whether this process iterates the stream itself."""
-        return self.loader_class is None and loader_of(self.stream) is None
+        return self.loader_class is None and self._torch_loader is None
 
     def _release(self) -> None:
         iterator, self._iterator = self._iterator, None
@@ -493,8 +493,12 @@ class Source:
         self.has_state = self._knows_position()  # an iterator may have it where the data set has not
 
     def _iterate_loader(self, epoch: int, state: Any) -> None:
-        if self.loader_class is not None:
-            self.loader = self._made(epoch)
+        # with a generator of its own a new iterator does not draw from the global one, and the workers' numbers repeat
+        generator = epoch_generator(self.seed, epoch)
+        if self._torch_loader is not None:
+            self._torch_loader.generator = generator
+        else:
+            self.loader = self._made(generator)
         if self.litdata and hasattr(self.loader, "current_epoch"):
             # it counts its passes itself, from 1, and goes on with one that was left
             self.loader.current_epoch, self.loader.restore = epoch, False
@@ -502,7 +506,7 @@ class Source:
             self.loader.load_state_dict(_copied(state))
         self._iterator = iter(self.loader)
 
-    def _made(self, epoch: int) -> Any:
+    def _made(self, generator: torch.Generator) -> Any:
         collate = _same if self.batched or self.lists else self.collate
         arguments: dict[str, Any] = {"batch_size": self.chunk_size}
         if self.batched and self.litdata:  # its loader needs a batch size
@@ -510,8 +514,6 @@ class Source:
         if self.num_workers:
             arguments["multiprocessing_context"] = self.multiprocessing_context
             collate = partial(_packed, collate)
-        # with its own generator a new iterator does not draw from the global one, and the workers' numbers repeat
-        generator = epoch_generator(self.seed, epoch)
         assert self.loader_class is not None
         return self.loader_class(
             self.stream, num_workers=self.num_workers, generator=generator, collate_fn=collate, **arguments

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bsl.data.sampler import Cut, epoch_generator, share_of
-from lightning_bsl.data.stream import StreamReader, joined, loader_of, plain_mark, sliced
+from lightning_bsl.data.datamodule import data_parallel
+from lightning_bsl.data.sampler import Cut, part_size, share_of
+from lightning_bsl.data.stream import StreamReader, joined, plain_mark, sliced
 from lightning_bsl.schedules import JointSchedule, Progress
 from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.functions import Function
@@ -47,7 +48,6 @@ class StreamLoader:
         cut: How a step is divided among the processes and into micro-batches.
         samples_per_epoch: Examples of an epoch, over all processes; by default an epoch ends with the streams.
         drop_last: Whether to leave out a last step of an epoch that has fewer examples than the batch size.
-        seed: Seed of the random numbers of a loader's workers.
 
     Attributes:
         clock: Returns the progress before the next step that is read when an iteration begins.
@@ -56,7 +56,6 @@ class StreamLoader:
         position: The mark from which a resumed run goes on inside an epoch.
         steps: The steps that were read and not trained yet.
         handed_out: Examples of the epoch that were read.
-        generator: For the workers of a torch loader; it is seeded at the beginning of each iteration.
     """
 
     def __init__(
@@ -66,17 +65,15 @@ class StreamLoader:
         cut: Cut = Cut(),  # noqa: B008 (immutable)
         samples_per_epoch: int | None = None,
         drop_last: bool = False,
-        seed: int = 0,
     ) -> None:
         self.reader, self.schedule, self.cut = reader, JointSchedule(batch_size), cut
-        self.samples_per_epoch, self.drop_last, self.seed = samples_per_epoch, drop_last, seed
+        self.samples_per_epoch, self.drop_last = samples_per_epoch, drop_last
         self.clock: Callable[[], Progress] = Progress
         self.behind: Callable[[], int] = int
         self.run_end: int | None = None
         self.position: Any = None
         self.steps: deque[ReadStep] = deque()
         self.handed_out = 0
-        self.generator = torch.Generator()
         self._spare: Any = None  # one example, for a step to which this process has none to give
 
     def __iter__(self) -> Iterator[Any]:
@@ -88,8 +85,6 @@ class StreamLoader:
         # Lightning may begin an iteration twice, and read a step before
         position = self.steps[0].mark if self.steps else self.position
         self.steps.clear()
-        # the generator of a torch loader; with the global one a resumed run would draw a number more
-        self.generator.manual_seed(epoch_generator(self.seed, progress.epoch).initial_seed())
         if self.handed_out and position is not None:
             self.reader.seek(position)
             self.position = position
@@ -144,7 +139,7 @@ class StreamLoader:
             before = self.reader.examples
             return self.reader.take(wanted), [self.reader.examples - before]
         batches, counts = [], [0] * processes
-        asked: dict[int, int] = {r: _length(share_of(wanted, r, processes)) for r in range(processes)}
+        asked: dict[int, int] = {r: part_size(share_of(wanted, r, processes)) for r in range(processes)}
         while any(asked.values()):
             before = self.reader.examples
             if asked.get(rank) and (batch := self.reader.take(asked[rank])) is not None:
@@ -155,12 +150,8 @@ class StreamLoader:
             counts = [given + more for given, more in zip(counts, found)]
             having = [r for r, number in asked.items() if found[r] == number]
             missing = wanted - sum(counts)
-            asked = {r: _length(share_of(missing, i, len(having))) for i, r in enumerate(having)} if missing else {}
+            asked = {r: part_size(share_of(missing, i, len(having))) for i, r in enumerate(having)} if missing else {}
         return (batches[0] if len(batches) == 1 else joined(batches) if batches else None), counts
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)
 
 
 class StreamDataModule(LightningDataModule):
@@ -215,8 +206,7 @@ class StreamDataModule(LightningDataModule):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             check_whole(name, value)
-        if samples_per_epoch is not None:
-            check_whole("samples_per_epoch", samples_per_epoch)
+        check_whole("samples_per_epoch", samples_per_epoch, or_none=True)
         self.train_set, self.val_set, self.test_set = train, val, test
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.collate_fn, self.batched, self.seed = collate_fn, batched, seed
@@ -233,10 +223,8 @@ class StreamDataModule(LightningDataModule):
         reader = StreamReader(
             self.train_set, batched=self.batched, collate=self.collate_fn, num_workers=self.num_workers, seed=self.seed
         )
-        stream = StreamLoader(reader, self.batch_size, self._cut(), self.samples_per_epoch, self.drop_last, self.seed)
-        if (loader := loader_of(self.train_set)) is not None:
-            loader.generator = stream.generator
-        return stream
+        cut = Cut(*data_parallel(self.trainer)) if self.trainer else Cut()
+        return StreamLoader(reader, self.batch_size, cut, self.samples_per_epoch, self.drop_last)
 
     def val_dataloader(self) -> Any:
         """The validation loader; an empty list without a validation set."""
@@ -245,10 +233,6 @@ class StreamDataModule(LightningDataModule):
     def test_dataloader(self) -> Any:
         """The test loader; an empty list without a test set."""
         return self._eval_dataloader(self.test_set)
-
-    def _cut(self) -> Cut:
-        arguments = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return Cut(arguments["rank"], arguments["num_replicas"]) if arguments else Cut()
 
     def _eval_dataloader(self, data: Any) -> Any:
         if data is None:

@@ -71,8 +71,7 @@ class Grid:
                 raise ValueError(f"`{name}={values}` must hold finite values above 0")
         for name in ("max_examples", "extra_steps", "probe", "replicas_per_pass"):
             value = getattr(self, name)
-            if value is not None:
-                check_whole(name, value)
+            check_whole(name, value, or_none=True)
         if self.max_examples < max(self.batch_sizes):
             raise ValueError(
                 f"`max_examples={self.max_examples}` does not make one batch of {max(self.batch_sizes)}: write "

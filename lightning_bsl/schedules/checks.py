@@ -18,7 +18,7 @@ def check_above_0(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r}): write a finite number above 0")
 
 
-def check_whole(name: str, value: object, least: int = 1, instead: str = "") -> None:
+def check_whole(name: str, value: object, least: int = 1, instead: str = "", or_none: bool = False) -> None:
     """Raise ``ValueError`` unless ``value`` is a whole number of at least ``least``.
 
     Args:
@@ -26,7 +26,10 @@ def check_whole(name: str, value: object, least: int = 1, instead: str = "") -> 
         value: Its value.
         least: The least value.
         instead: What else the argument may be, such as ``", or None for no limit"``.
+        or_none: Whether it may be ``None``.
     """
+    if value is None and or_none:
+        return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"`{name}={value!r}` must be {least} or more, as a whole number{instead}")
 

@@ -7,12 +7,12 @@ authors in arXiv 2508.05297.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple
 
 from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule
-from lightning_bsl.schedules.progress import Horizon, Progress
+from lightning_bsl.schedules.progress import VERY_LONG, Progress
 from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
 
 
@@ -238,5 +238,4 @@ def first_batch_size(batch_size: int | Function | JointSchedule) -> int:
     if batch_size is None:
         raise TypeError("the first batch size is not known: write a number in the place of `base_batch_size`")
     # at the start the length of the run does not matter, but fractions of it ask for one
-    run = Horizon(10**9, 10**12, 10**15, tokens_per_sample=1)
-    return JointSchedule.of(batch_size).batch_size_at(Progress(horizon=run))
+    return JointSchedule.of(batch_size).batch_size_at(Progress(horizon=replace(VERY_LONG, tokens_per_sample=1)))

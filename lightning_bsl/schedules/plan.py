@@ -429,8 +429,7 @@ def plan(
     if all(value is None for value in horizons.values()):
         raise ValueError("a plan needs a horizon: write `epochs`, `steps` or `samples`")
     for name, value in (*horizons.items(), ("num_examples", num_examples), ("tokens_per_sample", tokens_per_sample)):
-        if value is not None:
-            check_whole(name, value)
+        check_whole(name, value, or_none=True)
     bounded = samples is not None and (epochs is not None or steps is not None)
     if epoch_length is not None:
         divide: _EpochStretches = partial(_stretches_of_one_size, num_examples=num_examples, length=epoch_length)

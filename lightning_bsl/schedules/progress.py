@@ -81,6 +81,9 @@ class Horizon:
         return any(end is not None and count >= end for end, count in ends)
 
 
+VERY_LONG = Horizon(10**9, 10**12, 10**15)  # a run whose length does not matter
+
+
 class Progress(NamedTuple):
     """The clock of a run: how far it has come. A schedule may depend on nothing else.
 

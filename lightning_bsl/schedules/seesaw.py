@@ -99,8 +99,7 @@ def seesaw(
             "to 1"
         )
     for name, size in (("batch_size", batch_size), ("maximum", maximum)):
-        if size is not None:
-            check_whole(name, size)
+        check_whole(name, size, or_none=True)
     if maximum is not None and maximum < batch_size:
         raise ValueError(f"`maximum={maximum}` is below `batch_size={batch_size}`: write a larger maximum")
     if exponent == 1:

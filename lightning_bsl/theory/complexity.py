@@ -206,8 +206,7 @@ def growth_to_reach(
         raise ValueError(f"unknown unit {unit!r}; write 'step' or 'epoch'")
     if num_examples is None and unit == "epoch":
         raise ValueError("stages in epochs need `num_examples`: write the number of training examples")
-    if num_examples is not None:
-        check_whole("num_examples", num_examples)
+    check_whole("num_examples", num_examples, or_none=True)
     terms: list[BoundTerms] = []
     total, lowest = BoundTerms(0, 0, 0.0, 0.0, 0.0), math.inf
     why = "the sum of the learning rates is finite, or the noise does not vanish"
