@@ -20,6 +20,7 @@ DATA = partial(BatchSizeDataModule, TensorDataset(torch.zeros(8, 1)))
 GRID = partial(Grid, batch_sizes=[8], lrs=[0.1], seeds=1, targets=[1.0])
 COUNTS: list[tuple[Callable[..., Any], str]] = [
     (AdaptiveBatchLRScheduler, "check_every"),
+    (partial(JointSchedule, 8), "multiple"),
     (FullGradientNorm, "every"),
     (FullGradientNorm, "subset"),
     (FullGradientNorm, "batch_size"),

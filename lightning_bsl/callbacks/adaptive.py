@@ -195,6 +195,7 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         follow: The same as for ``BatchLRScheduler``.
         max_samples: The same as for ``BatchLRScheduler``.
         max_tokens: The same as for ``BatchLRScheduler``.
+        whole_batches: The same as for ``BatchLRScheduler``.
 
     Raises:
         ValueError: ``delta`` not above 1, ``gamma`` below 1, a first value above its maximum, ``check_every`` below 1. At the
@@ -221,9 +222,17 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         follow: Mapping[str, FollowingRule | FollowingFunction] | None = None,
         max_samples: int | None = None,
         max_tokens: int | None = None,
+        whole_batches: bool | int = False,
     ) -> None:
         super().__init__(
-            batch_size, lr, max_device_batch_size, loader, follow=follow, max_samples=max_samples, max_tokens=max_tokens
+            batch_size,
+            lr,
+            max_device_batch_size,
+            loader,
+            follow=follow,
+            max_samples=max_samples,
+            max_tokens=max_tokens,
+            whole_batches=whole_batches,
         )
         check_whole("check_every", check_every)
         self.controller = StageController(batch_size, lr, delta, gamma, maximum, max_lr)
@@ -333,8 +342,9 @@ class AdaptiveBatchLRScheduler(BatchLRScheduler):
         start, before = trainer.strategy.broadcast(self.handed_out), self.stage
         self.controller.extend(proposal, start)
         self.reschedule(trainer, self.controller.schedule())
-        stage, batch_size, lr, _ = proposal
+        stage, _, lr, _ = proposal
         if stage > before:
+            batch_size = self.schedule.batch_size_at(self.progress._replace(samples=start))
             values: dict[str, float] = {"stage": stage, "batch_size": batch_size}
             self.write(trainer, values | ({} if lr is None else {"lr": lr}))
             rank_zero_info(f"stage {stage} from sample {start}: batch size {batch_size}, learning rate {lr}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sized
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,6 +35,7 @@ from lightning_bsl.callbacks.snapshot import StepStart
 from lightning_bsl.callbacks.sources import DataSource, source_of
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.schedules import FollowingRule, JointSchedule, Plan, Progress, ScalingRule
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.following import FollowingFunction
 from lightning_bsl.schedules.functions import Function, Schedule
 
@@ -49,8 +51,9 @@ class BatchLRScheduler(Callback):
     **Loaders.** Any map-style ``DataLoader`` works: from a DataModule, from the LightningModule, or given to ``fit``. During
     the fit a copy with another sampler replaces it. ``shuffle=True`` becomes a permutation that depends only on the run's seed
     and the epoch; any other sampler is iterated once per epoch. Some loaders cannot be re-made: they read a stream, or have a
-    batch sampler of their own. Such a loader must read its batch size from ``self.batch_size`` or ``self.hparams.batch_size``,
-    and the batch size changes only between epochs.
+    batch sampler of their own. With ``whole_batches=True`` a step takes whole batches of such a loader. Without, the loader
+    must read its batch size from ``self.batch_size`` or ``self.hparams.batch_size``, and the batch size changes only between
+    epochs.
 
     **Learning rates.** Every param group keeps its ratio to the first group. The callback logs ``batch_size``, ``lr`` (of the
     first group), ``samples`` (examples consumed so far), and ``tokens`` if the DataModule has an attribute
@@ -88,6 +91,10 @@ class BatchLRScheduler(Callback):
             several training loaders, or one that cannot be re-made. Fractions of the run in schedules are fractions of it.
         max_tokens: The same in tokens; it needs a DataModule with an attribute ``tokens_per_sample``. The last step is cut to
             whole examples.
+        whole_batches: Whether a step takes whole batches of the loader, as it makes them: for a batch sampler of its own, such
+            as one that puts examples of similar length together, or a library's loader. A step of batch size B then takes
+            ``k = B / (m W)`` of them on each of W processes, where m is the loader's ``batch_size``, or the number that is
+            given here. B is rounded up to a multiple of ``m W``. A step has fewer examples if some of its batches have.
 
     Raises:
         TypeError: A ``batch_size``, an ``lr`` or a ``follow`` of another type; a ``JointSchedule`` and an ``lr`` beside it.
@@ -118,15 +125,20 @@ class BatchLRScheduler(Callback):
         follow: Mapping[str, FollowingRule | FollowingFunction] | None = None,
         max_samples: int | None = None,
         max_tokens: int | None = None,
+        whole_batches: bool | int = False,
     ) -> None:
         if batch_size_unit not in ("examples", "tokens"):
             raise ValueError(f"`batch_size_unit={batch_size_unit!r}` is not known: write 'examples' or 'tokens'")
         size = max_device_batch_size
         if size is not None and (size < 1 if isinstance(size, int) else size != "auto"):
             raise ValueError(f"`max_device_batch_size={size!r}` must be 1 or more, 'auto', or None for no limit")
+        if not isinstance(whole_batches, bool):
+            check_whole("whole_batches", whole_batches, instead=", or True for the loader's `batch_size`")
         self.max_device_batch_size = max_device_batch_size
+        self.whole_batches = whole_batches
         self.loader = loader
         self.batch_size_unit = batch_size_unit
+        self._fit = Fit()
         self.schedule = JointSchedule.of(batch_size, lr)
         size_schedule = self.schedule.batch_size
         if batch_size_unit == "tokens" and isinstance(size_schedule, Schedule) and size_schedule.ends_at_examples:
@@ -137,7 +149,6 @@ class BatchLRScheduler(Callback):
         self.follow = read_follow(follow)
         self.budget = Budget(max_samples, max_tokens)
         self.plan: Plan | None = None
-        self._fit = Fit()
         self._clock = RunClock()
         self._setting = StepSetting()
         self._splitter = MemoryCeiling() if isinstance(size, str) else StepSplitter(size)
@@ -145,6 +156,16 @@ class BatchLRScheduler(Callback):
         self._data: DataSource | None = None
         self._rates: Rates | None = None
         self._constants = FollowingConstants([], {}, self._fit.undo)
+
+    @property
+    def schedule(self) -> JointSchedule:
+        """Batch size and learning rate."""
+        multiple = self._fit.multiple
+        return self._schedule if multiple == 1 else replace(self._schedule, multiple=multiple)
+
+    @schedule.setter
+    def schedule(self, schedule: JointSchedule) -> None:
+        self._schedule = schedule
 
     @property
     def progress(self) -> Progress:
@@ -232,7 +253,7 @@ class BatchLRScheduler(Callback):
         """
         self.schedule = schedule
         if self._data is not None:
-            self._data.follow(schedule)
+            self._data.follow(self.schedule)
             if not trainer.is_last_batch and isinstance(self.training_loader, Sized):  # a stream has no length
                 set_epoch_length(trainer, self._data.index, len(self.training_loader))
             self._look_up()
@@ -249,7 +270,7 @@ class BatchLRScheduler(Callback):
         self.plan = self._data = None
         self._start = StepStart()
         self._fit = Fit.begin(trainer, self._clock, self.budget)
-        self._fit.in_tokens = self.batch_size_unit == "tokens"
+        self._fit.in_tokens, self._fit.whole_batches = self.batch_size_unit == "tokens", self.whole_batches
         terms = self._splitter.terms = LossTerms.of(trainer, pl_module)
         self._splitter.watch = MaskWarning(pl_module, data_parallel(trainer)[1]) if terms is None else None
         remake_training_data(trainer, lambda ask: self._loaders(trainer, pl_module, ask), self._fit.undo)

@@ -135,7 +135,9 @@ def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, 
             "`training_step(batch)`, or leave out `max_device_batch_size`, `max_device_tokens` and `accumulate_grad_batches`"
         )
     tokens = data.lengths.max_device_tokens if data.lengths is not None and cut.by_length else None
-    cap = f"max_device_batch_size={cut.max_device_batch_size}" if tokens is None else f"max_device_tokens={tokens}"
+    size = data.whole_batches or cut.max_device_batch_size
+    name = "whole_batches" if data.whole_batches else "max_device_batch_size"
+    cap = f"{name}={size}" if tokens is None else f"max_device_tokens={tokens}"
     limit, sizes = limit_of(trainer), {stage.batch_size for stage in plan.stages} if plan else {largest}
     limited = (isinstance(limit, int) or limit != 1.0) and not trainer.fast_dev_run  # type: ignore[attr-defined]
     whole = cut.accumulate > 1 and isinstance(limit, int) and limit % cut.accumulate == 0
@@ -156,10 +158,10 @@ def check_split(trainer: Trainer, pl_module: LightningModule, data: DataSource, 
             f"out `{cap.split('=')[0]}`, or write `max_device_batch_size='auto'`"
         )
     _check_beside(trainer, data, plan, cap.split("=")[0])
-    if any(isinstance(module, _BatchNorm) for module in pl_module.modules()) and (cut.max_device_batch_size or tokens):
+    if any(isinstance(module, _BatchNorm) for module in pl_module.modules()) and (size or tokens):
         rank_zero_warn(
             f"the model has BatchNorm, whose statistics are those of a micro-batch: steps of more than "
-            f"{cut.max_device_batch_size if tokens is None else tokens} {'examples' if tokens is None else 'padded tokens'} a "
+            f"{size if tokens is None else tokens} {'examples' if tokens is None else 'padded tokens'} a "
             "process will not train exactly as without micro-batches"
         )
 

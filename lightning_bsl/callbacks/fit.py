@@ -90,6 +90,8 @@ class Fit:
         seed: Seed of the order of the examples.
         tokens_per_sample: The attribute of the DataModule.
         in_tokens: Whether batch sizes count tokens.
+        whole_batches: Whether steps are made of whole batches of the loader, or the size of these.
+        multiple: Every batch size is rounded up to a multiple of it.
         first_batch: Whether no batch has been trained yet.
         resumed: The checkpoint from which the fit resumes, if there is one.
         after_backward: To be closed after the current backward pass.
@@ -103,6 +105,8 @@ class Fit:
     seed: int = 0
     tokens_per_sample: int | None = None
     in_tokens: bool = False
+    whole_batches: bool | int = False
+    multiple: int = 1
     first_batch: bool = True
     resumed: Resumed | None = None
     after_backward: ExitStack | None = None

@@ -27,6 +27,7 @@ from lightning_bsl.callbacks.snapshot import Snapshot
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.orders import SamplerOrder, order_of
 from lightning_bsl.data.sampler import GlobalBatchSampler, Permutation, epoch_generator, share_of
+from lightning_bsl.data.whole_batches import BatchOrder
 from lightning_bsl.schedules.checks import check_whole
 
 
@@ -127,14 +128,13 @@ class TrainingExamples:
         planned = cast(SamplerOrder, batches.order) if isinstance(batches, GlobalBatchSampler) else None
         sampler = batches.sampler if type(batches) is BatchSampler else batches
         sampler = copy.deepcopy(sampler if planned is None else planned.sampler, {id(loader.dataset): loader.dataset})
-        indices: list[Any] = SamplerOrder(sampler, self.seed if planned is None else planned.seed)(0)
-        if planned is None:
-            if type(batches) is not BatchSampler:
-                indices = [index for batch in indices for index in batch]
-            if data_parallel(trainer)[1] > 1:  # the sampler of a process gives only its own part
-                parts: list[Any] = [None] * trainer.world_size
-                torch.distributed.all_gather_object(parts, indices)
-                indices = [index for part in parts for index in part]
+        of_batches = type(batches) is not BatchSampler if planned is None else isinstance(planned, BatchOrder)
+        kind = BatchOrder if of_batches else SamplerOrder
+        indices: list[Any] = kind(sampler, self.seed if planned is None else planned.seed)(0)
+        if planned is None and data_parallel(trainer)[1] > 1:  # the sampler of a process gives only its own part
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, indices)
+            indices = [index for part in parts for index in part]
         if not distinct:
             return indices
         indices = list(dict.fromkeys(indices))

@@ -63,9 +63,20 @@ def obstacle(loader: Any) -> str | None:
     return None
 
 
+def draws_batches(loader: Any) -> bool:
+    """Whether a loader takes lists of indices from a batch sampler, so that a copy can take the same lists from another."""
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and not isinstance(loader.dataset, IterableDataset)
+        and loader.batch_sampler is not None
+    )
+
+
 REMEDY = (
     "give a `torch.utils.data.DataLoader` over a data set with `__len__` and `__getitem__`, with `shuffle` or a `sampler` but "
-    "no `batch_sampler`, or wrap the data set in a `lightning_bsl.BatchSizeDataModule(train=...)`"
+    "no `batch_sampler`, or wrap the data set in a `lightning_bsl.BatchSizeDataModule(train=...)`. If its batches must stay as "
+    "they are, write `BatchLRScheduler(..., whole_batches=True)`: a step then takes as many of them as the batch size says"
 )
 
 

@@ -24,8 +24,8 @@ from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSpli
 from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.orders import SamplerOrder, order_of
 from lightning_bsl.data.sampler import Cut, GlobalBatchSampler, Permutation, part_size, remade, share_of
+from lightning_bsl.data.whole_batches import WholeBatchSampler
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
-from lightning_bsl.schedules.functions import Function
 from lightning_bsl.schedules.plan import Beside, Stretch
 
 
@@ -41,10 +41,11 @@ class PlannedData:
         index: Index of the loader that follows the schedule.
         clock: The clock of the run.
         splitter: Knows how much of the current step is trained.
-        batch_size: The schedule of the batch size.
+        schedule: Batch size and learning rate.
         seed: Seed of the order of the examples.
         asks: The user's settings of the Trainer.
         in_tokens: Whether batch sizes count tokens.
+        whole_batches: Examples of a batch of the loader, if steps are made of its whole batches.
 
     Raises:
         MisconfigurationException: ``max_device_tokens`` or batch sizes in tokens, with a loader that does not allow them.
@@ -60,39 +61,42 @@ class PlannedData:
         index: int,
         clock: RunClock,
         splitter: StepSplitter,
-        batch_size: Function,
+        schedule: JointSchedule,
         seed: int,
         asks: Asks,
         in_tokens: bool = False,
+        whole_batches: int | None = None,
     ) -> None:
         rank, world_size = data_parallel(trainer)
         self.index, self.clock, self.seed = index, clock, seed
         self.cut = Cut(rank, world_size, splitter.limit, asks.accumulate)
         self._splitter, self._overfit = splitter, bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._in_tokens = in_tokens
+        self._in_tokens, self.whole_batches = in_tokens, whole_batches
         self.asked_at = clock.epoch_start.epoch
         # the epoch in which an uninterrupted run would have made these loaders
         made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
-        self.loaders, self.sampler, self.others = self._remade(combined, batch_size, made_at)
+        self.loaders, self.sampler, self.others = self._remade(combined, schedule, made_at)
         self._planned, self._warned = self.sampler.num_examples, -1
         self._batches: list[int] = []  # number of batches of each loader, when Lightning last asked for the loaders
         self.exact = len(self.others) + 1 == len(combined.flattened)
 
     def _remade(
-        self, combined: CombinedLoader, batch_size: Any, made_at: int
+        self, combined: CombinedLoader, schedule: JointSchedule, made_at: int
     ) -> tuple[CombinedLoader, GlobalBatchSampler, list[GlobalBatchSampler]]:
         flat, others = [*combined.flattened], []
         cycles = len(flat) > 1 and combined._mode == "max_size_cycle"
         make = partial(self._sampler_of, made_at=made_at, cycles=cycles)
-        scheduled = make(flat[self.index], batch_size, self._done, self.cut)
+        scheduled = make(flat[self.index], schedule, self._done, self.cut)
         scheduled.lengths = self.lengths = lengths_of(self._datamodule, flat[self.index])
         by_length = cuts_by_length(self.lengths, scheduled.order, self.cut, isinstance(self._splitter, MemoryCeiling))
         scheduled.cut = self.cut = replace(self.cut, by_length=by_length)
         if self._in_tokens:
             check_tokens(self.lengths, scheduled.order, self.cut, len(flat))
             scheduled.in_tokens = True
-        self.measure = scheduled.measure
+        # the batches of later epochs are not drawn yet
+        now = self.clock.epoch_start.epoch
+        self.measure = scheduled.measure_like(now) if isinstance(scheduled, WholeBatchSampler) else scheduled.measure
         if len(flat) == 1:  # another loader may end the epoch
             scheduled.run_end = self.clock.end.samples
         processes = self.cut.world_size
@@ -126,6 +130,9 @@ class PlannedData:
         cycles: bool,
     ) -> GlobalBatchSampler:
         batches, clock = cast(Any, loader.batch_sampler), self.clock
+        if self.whole_batches is not None:
+            batch_order = WholeBatchSampler.batches_of(loader, self.seed, self.whole_batches, made_at, self._overfit)
+            return WholeBatchSampler.of(batch_order, batch_size, lambda: clock.loader_start, consumed, cut)
         return GlobalBatchSampler.of(
             order_of(loader, self.seed, self._overfit, made_at, self.cut.world_size),
             batch_size,
@@ -161,8 +168,8 @@ class PlannedData:
         clock, sampler = self.clock, self.sampler
         epoch, start = clock.epoch_start.epoch, clock.behind - sampler.pass_start
         left = sampler.order.length(epoch) - start
-        if self.measure is not None:
-            size = self.measure.take(epoch, start, batch_size) if left > 0 else 0
+        if (measure := sampler.measure) is not None:
+            size = measure.take(epoch, start, batch_size) if left > 0 else 0
         elif left >= batch_size:
             size = batch_size
         else:
@@ -173,7 +180,7 @@ class PlannedData:
         """The micro-batches as the sampler makes them, or the longest lengths for ``MemoryCeiling``."""
         sampler, clock = self.sampler, self.clock
         by_tokens = isinstance(self._splitter, MemoryCeiling) and isinstance(sampler.order, Permutation)
-        if sampler.lengths is None or not examples or not (sampler.cuts_by_length or by_tokens):
+        if not examples or not (sampler.divides_itself or (by_tokens and sampler.lengths is not None)):
             return Parts()
         epoch, start = clock.epoch_start.epoch, clock.behind - sampler.pass_start
         if by_tokens:
@@ -191,7 +198,7 @@ class PlannedData:
 
     def batches(self, stretch: Stretch, start: int) -> int:
         """The number of micro-batches that the sampler makes."""
-        if not self.sampler.cuts_by_length:
+        if not self.sampler.divides_itself:
             return self.cut.batches(stretch)
         if self.most_batches(stretch.batch_size) == 1:
             return stretch.steps
@@ -199,7 +206,7 @@ class PlannedData:
 
     def sizes(self, stretch: Stretch, start: int) -> Iterator[tuple[int, list[int]]]:
         """The sizes of the micro-batches that the sampler makes; for every single step if it divides by length."""
-        if not self.sampler.cuts_by_length:
+        if not self.sampler.divides_itself:
             yield from self.cut.sizes(stretch)
             return
         for examples, number in stretch.kinds():
@@ -219,7 +226,7 @@ class PlannedData:
         """Whether a step of the plan has several micro-batches (with other loaders: whether one may have)."""
         if all(self.most_batches(stage.batch_size) == 1 for stage in plan.stages):
             return False
-        if not self.sampler.cuts_by_length or len(self.loaders.flattened) > 1:
+        if not self.sampler.divides_itself or len(self.loaders.flattened) > 1:
             return True
         return any(self.batches(stretch, start) > stretch.steps for stretch, start in plan.stretches_of_epochs())
 
@@ -257,14 +264,14 @@ class PlannedData:
                     f"there are {len(combined.flattened)} training loaders now, but there were {len(self.loaders.flattened)} "
                     "before: give the same number in every epoch"
                 )
-            reason = obstacle(combined.flattened[self.index])
+            reason = None if self.whole_batches else obstacle(combined.flattened[self.index])
             if reason is not None:
                 raise MisconfigurationException(
                     f"the training loader of epoch {self.clock.loader_start.epoch} {reason}: {REMEDY}"
                 )
             self.close()
             self.asked_at = self.clock.loader_start.epoch
-            self.loaders, self.sampler, self.others = self._remade(combined, self.sampler.schedule.batch_size, self.asked_at)
+            self.loaders, self.sampler, self.others = self._remade(combined, self.sampler.schedule, self.asked_at)
         self._batches = self._lengths()
         self._warn_if_unplanned()
         return self.loaders
@@ -276,7 +283,7 @@ class PlannedData:
 
     def follow(self, schedule: JointSchedule) -> None:
         """Give the sampler another schedule. It reads the schedule at each step that it yields."""
-        self.sampler.schedule = JointSchedule(schedule.batch_size)
+        self.sampler.schedule = schedule
 
     def drawn(self) -> object:
         """The orders that the user's samplers gave in this epoch."""

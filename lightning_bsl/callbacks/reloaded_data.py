@@ -48,6 +48,7 @@ class ReloadedData:
     grows_inside = exact = False
     lengths: Lengths | None = None
     measure: Measure | None = None
+    whole_batches: int | None = None
 
     def __init__(
         self,

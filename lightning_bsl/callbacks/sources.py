@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Protocol, cast
+from dataclasses import replace
+from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
@@ -13,16 +14,26 @@ from lightning.pytorch.utilities.parsing import lightning_hasattr
 from torch.utils.data import DataLoader
 
 from lightning_bsl.callbacks.clock import RunClock
-from lightning_bsl.callbacks.loaders import REMEDY, Ask, Asks, Epoch, as_combined, obstacle, scheduled_index, size_of
+from lightning_bsl.callbacks.loaders import (
+    REMEDY,
+    Ask,
+    Asks,
+    Epoch,
+    as_combined,
+    draws_batches,
+    obstacle,
+    scheduled_index,
+    size_of,
+)
 from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
 from lightning_bsl.callbacks.planned_data import PlannedData
 from lightning_bsl.callbacks.reloaded_data import ReloadedData
 from lightning_bsl.callbacks.stream_data import StreamData
+from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.lengths import Lengths
-from lightning_bsl.data.sampler import Cut
+from lightning_bsl.data.sampler import Cut, GlobalBatchSampler
 from lightning_bsl.data.stream_loader import StreamLoader
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
-from lightning_bsl.schedules.functions import Function
 from lightning_bsl.schedules.plan import Measure, Stretch
 
 
@@ -34,7 +45,8 @@ class DataSource(Protocol):
         index: Index of the loader that follows the schedule.
         cut: How a step is divided.
         lengths: Lengths of the examples, if they are known.
-        measure: The unit of batch sizes, if it is not examples.
+        measure: How many examples a step takes, if it is not as many as the batch size says.
+        whole_batches: Examples of a batch of the loader, if steps are made of its whole batches.
         asked_at: The epoch in which the user's loaders were made.
         grows_inside: Whether the batch size can change inside an epoch.
         exact: Whether every loader can resume inside an epoch.
@@ -45,6 +57,7 @@ class DataSource(Protocol):
     cut: Cut
     lengths: Lengths | None
     measure: Measure | None
+    whole_batches: int | None
     asked_at: int
     grows_inside: bool
     exact: bool
@@ -147,6 +160,8 @@ class FitSettings(Protocol):
     undo: ExitStack
     seed: int
     in_tokens: bool
+    whole_batches: bool | int
+    multiple: int
 
     @property
     def positions(self) -> list[Any] | None:
@@ -180,19 +195,20 @@ def source_of(
         MisconfigurationException: The loader cannot follow the schedule; the message says why, and what to write instead.
     """
     combined = as_combined(ask())
+    if fit.whole_batches:
+        return _of_whole_batches(trainer, combined, clock, splitter, schedule, fit)
     if any(isinstance(loader, StreamLoader) for loader in combined.flattened):
         if fit.in_tokens:
             raise MisconfigurationException(
                 "the examples of a stream have to be read before they are known, so no step can be planned in tokens "
                 '(`batch_size_unit="tokens"`): write batch sizes in examples'
             )
-        return StreamData(trainer, combined, clock, splitter, cast(Function, schedule.batch_size), fit.positions)
+        return StreamData(trainer, combined, clock, splitter, schedule, fit.positions)
     index = scheduled_index(trainer, module, combined, ask, name)
     loader = combined.flattened[index]
     reason = obstacle(loader)
     if reason is None:
-        batch_size = cast(Function, schedule.batch_size)
-        return PlannedData(trainer, combined, index, clock, splitter, batch_size, fit.seed, fit.asks, fit.in_tokens)
+        return PlannedData(trainer, combined, index, clock, splitter, schedule, fit.seed, fit.asks, fit.in_tokens)
     if fit.in_tokens:
         raise MisconfigurationException(
             f'the training loader {reason}, so batch sizes in tokens (`batch_size_unit="tokens"`) cannot be planned: {REMEDY}'
@@ -207,3 +223,45 @@ def source_of(
             f"the training loader {reason}, so its steps cannot be split for `max_device_batch_size`: {REMEDY}"
         )
     return ReloadedData(trainer, module, ask, index, clock, schedule, fit.asks, fit.undo)
+
+
+def _of_whole_batches(
+    trainer: Trainer,
+    combined: CombinedLoader,
+    clock: RunClock,
+    splitter: StepSplitter,
+    schedule: JointSchedule,
+    fit: FitSettings,
+) -> DataSource:
+    """Make the data source of a fit whose steps are whole batches of the loader."""
+    option = f"`whole_batches={fit.whole_batches}`"
+    loaders = combined.flattened
+    if len(loaders) != 1:
+        raise MisconfigurationException(f"{option} with {len(loaders)} training loaders: give one loader, or leave it out")
+    loader: Any = loaders[0]
+    if isinstance(loader, StreamLoader) or isinstance(getattr(loader, "batch_sampler", None), GlobalBatchSampler):
+        raise MisconfigurationException(
+            f"{option} is for loaders that keep their batches, but those of a {type(trainer.datamodule).__name__} "  # type: ignore[attr-defined]
+            "follow the schedule: leave it out, and write `max_device_batch_size` to limit a micro-batch"
+        )
+    for name, clash in (
+        ("batch_size_unit='tokens'", fit.in_tokens),
+        (f"accumulate_grad_batches={fit.asks.accumulate}", fit.asks.accumulate > 1),
+        (f"max_device_batch_size={splitter.limit or 'auto'!r}", splitter.limit or isinstance(splitter, MemoryCeiling)),
+    ):
+        if clash:
+            raise MisconfigurationException(
+                f"{option} and `{name}`: a step is made of as many whole batches of the loader as the schedule says, so leave "
+                f"`{name.split('=')[0]}` out"
+            )
+    size = size_of(loader) if fit.whole_batches is True else fit.whole_batches
+    if not isinstance(size, int) or size < 1:
+        raise MisconfigurationException(
+            f"{option}, but {type(getattr(loader, 'batch_sampler', None) or loader).__name__} has no attribute `batch_size`: "
+            "write the number of examples of its largest batch, as `whole_batches=64`"
+        )
+    fit.multiple = size * data_parallel(trainer)[1]
+    schedule = replace(schedule, multiple=fit.multiple)
+    if draws_batches(loader):
+        return PlannedData(trainer, combined, 0, clock, splitter, schedule, fit.seed, fit.asks, whole_batches=size)
+    return StreamData(trainer, combined, clock, splitter, schedule, fit.positions, size, fit.seed)

@@ -91,17 +91,20 @@ class SamplerOrder:
         while len(self._passes) <= cycle:
             length = len(self.sampler) if hasattr(self.sampler, "__len__") and not self._passes else None
             self._passes.append(self._ask(epoch, len(self._passes)))
-            if length not in (None, len(self._passes[0])):
-                raise MisconfigurationException(
-                    f"the sampler {type(self.sampler).__name__} has a `__len__` of {length}, but gave {len(self._passes[0])} "
-                    f"examples in epoch {epoch}: correct its `__len__`, or leave it out"
-                )
+            self._check_length(length, len(self._passes[0]), epoch)
             if len(self._passes[-1]) != len(self._passes[0]):
                 raise MisconfigurationException(
                     f"the sampler {type(self.sampler).__name__} gave {len(self._passes[0])} examples, and then "
                     f"{len(self._passes[-1])} in another pass of epoch {epoch}: give the same number in every pass of an epoch"
                 )
         return self._passes[cycle]
+
+    def _check_length(self, length: int | None, number: int, epoch: int) -> None:
+        if length not in (None, number):
+            raise MisconfigurationException(
+                f"the sampler {type(self.sampler).__name__} has a `__len__` of {length}, but gave {number} examples in epoch "
+                f"{epoch}: correct its `__len__`, or leave it out"
+            )
 
     def _ask(self, epoch: int, cycle: int) -> list[Any]:
         self._tell(epoch)
@@ -115,8 +118,11 @@ class SamplerOrder:
         return indices
 
     def _tell(self, epoch: int) -> None:
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
+        # a batch sampler may be told the epoch through the sampler inside it, as Lightning does
+        samplers: list[Any] = [self.sampler, getattr(self.sampler, "sampler", None)]
+        for sampler in samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
 
 
 @contextmanager

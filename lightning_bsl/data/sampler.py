@@ -187,7 +187,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     Args:
         num_examples: Examples of the data set.
-        batch_size: The global batch size of a step: an ``int``, a schedule, or a function of progress.
+        batch_size: The global batch size of a step: an ``int``, a schedule, a function of progress, or a joint schedule.
         clock: Returns the progress at the start of the epoch that is iterated next.
         consumed: Returns the number of examples of this epoch that are trained already, after a resume inside the epoch.
             ``None`` for an iteration over the whole epoch that is not for training.
@@ -215,7 +215,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __init__(
         self,
         num_examples: int,
-        batch_size: Function | int,
+        batch_size: Function | int | JointSchedule,
         clock: Callable[[], Progress] = Progress,
         consumed: Callable[[], int | None] = int,
         *,
@@ -230,7 +230,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         lengths: Lengths | None = None,
     ) -> None:
         self.order: Order = Permutation(num_examples, seed, shuffle, samples_per_epoch)
-        self.schedule = JointSchedule(batch_size)
+        self.schedule = JointSchedule.of(batch_size)
         self.clock = clock
         self.consumed = consumed
         self.cut = Cut(rank, world_size, max_device_batch_size, by_length=lengths is not None)
@@ -253,7 +253,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def of(
         cls,
         order: Order,
-        batch_size: Function | int,
+        batch_size: Function | int | JointSchedule,
         clock: Callable[[], Progress],
         consumed: Callable[[], int | None],
         cut: Cut,
@@ -334,8 +334,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return count
 
     @property
-    def cuts_by_length(self) -> bool:
-        """Whether a step is divided by the lengths of its examples."""
+    def divides_itself(self) -> bool:
+        """Whether the micro-batches of a step do not follow from the number of its examples."""
         return self.lengths is not None and self.cut.by_length
 
     def count_batches(self, stretch: Stretch, start: int, cycle: int = 0) -> int:
@@ -346,7 +346,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             start: Examples of the pass before the stretch.
             cycle: Index of the pass in its epoch.
         """
-        if self.lengths is None or not self.cuts_by_length or self.lengths.max_device_tokens is None:
+        if self.lengths is None or not self.divides_itself or self.lengths.max_device_tokens is None:
             # the number of micro-batches follows from the number of examples
             return sum(number * self._count(size, stretch.batch_size) for size, number in stretch.kinds())
         lengths = self._lengths_of(stretch.start.epoch, cycle)
@@ -360,13 +360,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self._counted[key]
 
     def _count(self, examples: int, batch_size: int) -> int:
-        if self.cuts_by_length:
+        if self.divides_itself:
             return int(count_by_length(np.ones((1, examples)), self.cut.world_size, *self._bounds)[0])
         return len(self.cut(examples, batch_size))
 
     @property
     def measure(self) -> Measure | None:
-        """The unit of batch sizes, if it is not examples."""
+        """How many examples a step takes, if it is not as many as the batch size says."""
         return Measure("tokens", self._tokens_in, self._take) if self.in_tokens else None
 
     def _tokens_in(self, epoch: int) -> float:
@@ -401,7 +401,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         Args:
             examples: Examples of the step.
         """
-        if self.lengths is None or not self.cuts_by_length:
+        if self.lengths is None or not self.divides_itself:
             return len(self.cut(examples, examples))
         tokens, most = self._bounds
         together = most or examples
@@ -434,7 +434,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             Slices; or arrays of ascending positions if the step is divided by length. The number is the same for every process;
             some may be empty.
         """
-        if not self.cuts_by_length:
+        if not self.divides_itself:
             return list(self.cut(examples, batch_size))
         tokens, most = self._bounds
         if tokens is None and self.cut.world_size == 1 and examples <= (most or examples):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple
 
+from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule
 from lightning_bsl.schedules.progress import VERY_LONG, Progress
 from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
@@ -69,6 +70,7 @@ class JointSchedule:
             ``None`` to leave the learning rate to the module.
         largest: The largest batch size of a schedule whose batch sizes are measured while training. Such a schedule has no
             plan before the run.
+        multiple: The batch size is rounded up to a multiple of it.
 
     Raises:
         TypeError: An argument of another type.
@@ -84,6 +86,7 @@ class JointSchedule:
     batch_size: int | Function
     lr: float | ScalingRule | Function | None = None
     largest: int | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         for name, kinds in (
@@ -101,6 +104,7 @@ class JointSchedule:
             raise TypeError(
                 f"`batch_size={self.batch_size}` is a rule for learning rates; write a schedule of progress, or an int"
             )
+        check_whole("multiple", self.multiple)
 
     @classmethod
     def of(cls, batch_size: int | Function | JointSchedule, lr: float | ScalingRule | Function | None = None) -> JointSchedule:
@@ -125,14 +129,15 @@ class JointSchedule:
         return BatchLR(batch_size, self.lr_at(progress, batch_size))
 
     def batch_size_at(self, progress: Progress) -> int:
-        """The batch size at ``progress``, rounded up."""
+        """The batch size at ``progress``, rounded up to whole examples and to a multiple of ``multiple``."""
         value = self.batch_size(progress)  # type: ignore[operator]  # __post_init__ made it callable
         if not (math.isfinite(value) and value >= 1 - 1e-9):
             raise ValueError(
                 f"the batch size is {value} at {_when(progress)}, but a step needs at least 1 example and a finite number of "
                 f"them: change {self.batch_size}, or bound it with `minimum=1` and `maximum=...`"
             )
-        return math.ceil(value * (1 - 1e-12))  # a rounding error in the last bit must not add an example
+        size = math.ceil(value * (1 - 1e-12))  # a rounding error in the last bit must not add an example
+        return -(-size // self.multiple) * self.multiple
 
     def lr_at(self, progress: Progress, batch_size: int) -> float | None:
         """The learning rate at ``progress`` for a step of ``batch_size`` examples."""

@@ -446,11 +446,11 @@ def plan(
     known = Horizon(None, None, samples, tokens_per_sample) if bounded else end
     cuts = epoch_length is None and not beside.lengths
     # the lengths in the other units follow from the batch sizes alone; the learning rates may need them
-    lengths, _ = _walk(JointSchedule(schedule.batch_size), divide, known, end, cuts)
+    lengths, _ = _walk(replace(schedule, lr=None), divide, known, end, cuts)
     taken = sum(stage.samples for stage in lengths)
     if bounded and samples is not None and taken < samples:  # another bound
         end = known = replace(end, samples=None)
-        lengths, _ = _walk(JointSchedule(schedule.batch_size), divide, known, end, cuts)
+        lengths, _ = _walk(replace(schedule, lr=None), divide, known, end, cuts)
         taken = sum(stage.samples for stage in lengths)
     full = Horizon(
         known.epoch if known.epoch is not None else math.ceil(round(sum(stage.epochs for stage in lengths), 6)),
