@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,7 +19,8 @@ from torch.optim import Optimizer
 from lightning_bsl.callbacks.loop import Train, take_step
 from lightning_bsl.callbacks.loss_terms import LossTerms, MaskWarning, skip_step
 from lightning_bsl.callbacks.snapshot import Snapshot
-from lightning_bsl.data.sampler import Cut, micro_batches
+from lightning_bsl.data.batches import mapped
+from lightning_bsl.data.sampler import Cut, even_parts, micro_batches
 
 T = TypeVar("T")
 
@@ -43,10 +45,12 @@ class Parts(NamedTuple):
     Args:
         slices: This process's micro-batches as slices of its share; ``None`` if they follow from the number of examples.
         longest: Length of the longest example in the share of each process; empty if the lengths are not known.
+        counts: Number of examples in the share of each process; empty if they differ by at most one.
     """
 
     slices: tuple[slice, ...] | None = None
     longest: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
 
 
 _BY_NUMBER = Parts()
@@ -305,13 +309,22 @@ class MemoryCeiling(StepSplitter):
         self.size: int | None = None
         self.tokens: float | None = None
         self._lengths: tuple[float, ...] = ()  # length of the longest example of each process in this step
+        self._shares: tuple[int, ...] = ()  # examples of each process in this step, if they are not equal shares
         self._tried: dict[int, tuple[float, float]] = {}  # process -> most padded tokens that fitted, and the longest example
         self._stepped = False
 
     def begin(self, examples: int, batch_size: int, parts: Parts = _BY_NUMBER) -> None:
         """Begin a step, as one micro-batch."""
         self.cut, self._lengths = replace(self.cut, max_device_batch_size=None), parts.longest
-        super().begin(examples, batch_size)
+        self._shares = parts.counts if self.cut.world_size > 1 else ()
+        super().begin(examples, batch_size, Parts(self._pieces(self.cut.rank)) if self._shares else _BY_NUMBER)
+
+    def _pieces(self, rank: int, size: int | None = None) -> tuple[slice, ...]:
+        """The micro-batches of at most ``size`` examples of process ``rank``."""
+        if not self._shares:
+            return micro_batches(self.examples, rank, self.cut.world_size, size)
+        most = max(self._shares)
+        return even_parts(0, self._shares[rank], -(-most // (size or most)))
 
     def begin_piece(self, examples: int | None = None, batch: Any = None) -> None:
         """Begin the step's batch; its terms are counted later, for each micro-batch."""
@@ -352,7 +365,7 @@ class MemoryCeiling(StepSplitter):
         """
         needs = {}
         for rank in range(self.cut.world_size):
-            parts = micro_batches(self.examples, rank, self.cut.world_size, size)
+            parts = self._pieces(rank, size)
             length = self._lengths[rank] if self._lengths else 1.0
             needs[rank] = max(1, *(part.stop - part.start for part in parts)) * length, length
         return needs
@@ -386,8 +399,7 @@ class MemoryCeiling(StepSplitter):
             RuntimeError: Out of memory with one example; or, with several processes, with a size that had fitted before.
             MisconfigurationException: A batch that must be split and cannot be.
         """
-        largest = -(-self.examples // self.cut.world_size)
-        size = self._most(largest)
+        size = self._most(max(self._shares, default=-(-self.examples // self.cut.world_size)))
         if self.cut.world_size == 1:
             return self._alone(trainer, batch, size, train)
         if not self._was_tried(size):
@@ -451,7 +463,8 @@ class MemoryCeiling(StepSplitter):
     def _train(self, batch: Any, size: int, train: Train, trial: bool = False) -> Tensor | None:
         """Train the step in micro-batches of ``size``, or try the largest one; return the mean loss of what was trained."""
         self.cut = replace(self.cut, max_device_batch_size=size or None)
-        super().begin(self.examples, self.examples)
+        parts = Parts(self._pieces(self.cut.rank, size)) if self._shares else _BY_NUMBER
+        super().begin(self.examples, self.examples, parts)
         first = self.pieces[0].start
         share = self.pieces[-1].stop - first
         loss: Tensor | None = None
@@ -460,7 +473,8 @@ class MemoryCeiling(StepSplitter):
         for i, part in enumerate(self.pieces[self.part : self.part + 1] if trial else self.pieces):
             if i:
                 self.end_piece()
-            piece = cut(batch, part.start - first, part.stop - part.start, share) if self.split else batch
+            # a process without a share repeats an example, which cannot be divided
+            piece = cut(batch, part.start - first, part.stop - part.start, share) if self.split and share else batch
             super().begin_piece(batch=piece)
             part_loss = train(piece, i == 0 and not trial, not trial and self.last)
             if part_loss is not None:
@@ -514,37 +528,30 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
 
 
-def cut(value: Any, start: int, count: int, share: int) -> Any:
+def cut(batch: Any, start: int, count: int, share: int) -> Any:
     """Take ``count`` examples of a batch; or one if ``count`` is 0, since a process with an empty share takes part too.
 
     Args:
-        value: The batch, or a part of it.
+        batch: The batch.
         start: Index of the first example.
         count: Number of examples to take.
         share: Number of examples of the batch.
 
     Raises:
-        MisconfigurationException: A tensor or list that does not have ``share`` entries.
+        MisconfigurationException: A tensor, array or list that does not have ``share`` entries.
     """
-    if isinstance(value, Tensor) or _is_leaf(value):
-        if isinstance(value, Tensor) and not value.dim():
-            return value
-        if len(value) != share:
-            kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a list of {len(value)}"
+
+    def part(leaf: Any) -> Any:
+        array = isinstance(leaf, (Tensor, np.ndarray))
+        if not leaf.ndim if array else not isinstance(leaf, (list, tuple)):
+            return leaf
+        if len(leaf) != share:
+            kind = f"a tensor of shape {tuple(leaf.shape)}" if array else f"a list of {len(leaf)}"
             raise MisconfigurationException(
                 f"the step does not fit in memory, and `max_device_batch_size='auto'` cannot split its batch: it holds {kind} "
                 f"where {share} examples were expected in the first dimension. Write a number for `max_device_batch_size`"
             )
-        return value[start : start + count] if count else value[:1]
-    if isinstance(value, Mapping):
-        return cast(Any, type(value))({name: cut(item, start, count, share) for name, item in value.items()})
-    if isinstance(value, (list, tuple)):
-        parts = [cut(item, start, count, share) for item in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+        return leaf[start : start + count] if count else leaf[:1]
 
-
-def _is_leaf(value: Any) -> bool:
-    """Whether ``value`` is a list with one item per example, such as strings."""
-    nodes = (Tensor, Mapping, list, tuple)
-    return isinstance(value, (list, tuple)) and not any(isinstance(item, nodes) for item in value)
+    # a list of arrays has one for each example
+    return mapped(part, batch, nested=(Tensor, Mapping, list, tuple))

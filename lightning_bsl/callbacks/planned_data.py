@@ -212,7 +212,7 @@ class PlannedData:
         for examples, number in stretch.kinds():
             for _ in range(number):
                 parts = self.sampler.parts(stretch.start.epoch, start, examples, stretch.batch_size)
-                yield examples, [part_size(part) for part in parts]
+                yield examples, [part_size(part) or self.sampler.spare(stretch.start.epoch, start) for part in parts]
                 start += examples
 
     def count(self) -> None:

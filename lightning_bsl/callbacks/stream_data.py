@@ -9,35 +9,56 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.loaders import Ask, Epoch, as_combined, limit_of
 from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
-from lightning_bsl.data.datamodule import data_parallel
 from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import Cut
-from lightning_bsl.data.stream_loader import StreamLoader
+from lightning_bsl.data.stream import StreamReader
+from lightning_bsl.data.stream_loader import StreamLoader, stream_process
 from lightning_bsl.schedules import JointSchedule, Plan, Progress
-from lightning_bsl.schedules.functions import Function
 from lightning_bsl.schedules.plan import Measure, Stretch
 
 
+def check_shared(loader: Any, processes: int) -> None:
+    """Refuse a loader whose sampler gives every process the same examples.
+
+    Args:
+        loader: The loader.
+        processes: Number of processes.
+
+    Raises:
+        MisconfigurationException: Such a loader with several processes.
+    """
+    sampler = getattr(loader, "sampler", None) if type(getattr(loader, "batch_sampler", None)) is BatchSampler else None
+    if processes > 1 and isinstance(sampler, (RandomSampler, SequentialSampler)):
+        raise MisconfigurationException(
+            f"a {type(loader).__name__} with a {type(sampler).__name__} gives each of the {processes} processes the same "
+            "examples: give it a `sampler=torch.utils.data.DistributedSampler(...)`"
+        )
+
+
 class StreamData:
-    """The stream of a `StreamDataModule`.
+    """The stream of a `StreamDataModule`, or a loader whose batches stay whole.
 
     The batch size may change at any step. The position in the stream is that of the last trained step.
 
     Args:
         trainer: The Trainer.
-        combined: The user's loaders: one ``StreamLoader``.
+        combined: The user's loaders: one ``StreamLoader``; or with ``whole_batches`` any one that can be iterated again.
         clock: The clock of the run.
         splitter: Has the largest size of a micro-batch.
-        batch_size: The schedule of the batch size.
+        schedule: Batch size and learning rate.
         positions: The positions of a checkpoint, one for each process; ``None`` for a new run.
+        whole_batches: Examples of a full batch of the loader, if steps are made of its whole batches.
+        seed: Seed of the samplers and workers of such a loader.
 
     Raises:
+        TypeError: A loader that cannot be iterated again.
         MisconfigurationException: There are other loaders beside the stream, ``max_device_batch_size="auto"`` with several
-            processes, or a checkpoint of another number of processes.
+            processes, tensor parallelism, or a checkpoint of another number of processes.
     """
 
     index = 0
@@ -52,10 +73,12 @@ class StreamData:
         combined: CombinedLoader,
         clock: RunClock,
         splitter: StepSplitter,
-        batch_size: Function,
+        schedule: JointSchedule,
         positions: list[Any] | None,
+        whole_batches: int | None = None,
+        seed: int = 0,
     ) -> None:
-        rank, processes = data_parallel(trainer)
+        rank, processes = stream_process(trainer)
         if len(combined.flattened) > 1:
             raise MisconfigurationException(
                 f"there are {len(combined.flattened)} training loaders, one of them a stream: give the stream alone"
@@ -70,14 +93,21 @@ class StreamData:
                 f"the checkpoint was saved by {len(positions)} processes, each in a stream of its own, and {processes} cannot "
                 f"go on in them: write `devices={len(positions)}`, or load the weights alone"
             )
-        self.clock, self.cut = clock, Cut(rank, processes, splitter.limit)
+        self.clock, self.cut = clock, Cut(rank, processes, whole_batches or splitter.limit)
+        self.whole_batches, self._seed = whole_batches, seed
         self.asked_at = clock.epoch_start.epoch
-        self._batch_size = batch_size
+        self._schedule = schedule
         self.loaders = self._followed(combined, None if positions is None else positions[rank])
 
     def _followed(self, combined: CombinedLoader, position: Any = None) -> CombinedLoader:
-        loader = self.loader = combined.flattened[0]
-        loader.schedule, loader.cut = JointSchedule(self._batch_size), self.cut
+        loader = combined.flattened[0]
+        if self.whole_batches is not None:
+            check_shared(loader, self.cut.world_size)
+            reader = StreamReader(loader, whole=True, seed=self._seed)
+            loader = StreamLoader(reader, 1, whole_batches=self.whole_batches)
+            combined.flattened = [loader]
+        self.loader = loader
+        loader.schedule, loader.cut = self._schedule, self.cut
         loader.clock, loader.behind = (lambda: self.clock.progress), (lambda: self.clock.behind)
         loader.run_end, loader.position = self.clock.end.samples, position
         return combined
@@ -147,7 +177,7 @@ class StreamData:
 
     def follow(self, schedule: JointSchedule) -> None:
         """Give the loader another schedule. It reads the schedule at each step that it reads."""
-        self.loader.schedule = JointSchedule(schedule.batch_size)
+        self.loader.schedule = self._schedule = schedule
 
     def drawn(self) -> object:
         """Return ``None``: the order is that of the stream."""

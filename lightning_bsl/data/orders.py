@@ -99,6 +99,9 @@ class SamplerOrder:
                 )
         return self._passes[cycle]
 
+    def _kept(self, index: Any) -> Any:
+        return index
+
     def _check_length(self, length: int | None, number: int, epoch: int) -> None:
         if length not in (None, number):
             raise MisconfigurationException(
@@ -109,7 +112,7 @@ class SamplerOrder:
     def _ask(self, epoch: int, cycle: int) -> list[Any]:
         self._tell(epoch)
         with isolate_rng(), _seeded(self.sampler, [self.seed, epoch, 3, cycle]):
-            indices = list(islice(self.sampler, self.most + 1))
+            indices = list(islice(map(self._kept, self.sampler), self.most + 1))
         if len(indices) > self.most:
             raise MisconfigurationException(
                 f"the sampler {type(self.sampler).__name__} gave more than {self.most} examples in epoch {epoch} and seems to "

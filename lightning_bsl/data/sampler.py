@@ -61,10 +61,20 @@ def micro_batches(
     size = max_device_batch_size or largest
     count = -(-largest // size)
     if even:
-        cuts = [share.start + i * (share.stop - share.start) // count for i in range(count + 1)]
-    else:
-        cuts = [min(share.start + i * size, share.stop) for i in range(count + 1)]
+        return even_parts(share.start, share.stop, count)
+    cuts = [min(share.start + i * size, share.stop) for i in range(count + 1)]
     return tuple(slice(start, stop) for start, stop in pairwise(cuts))
+
+
+def even_parts(start: int, stop: int, number: int) -> tuple[slice, ...]:
+    """Divide the examples from ``start`` to ``stop`` into parts that differ by at most one; some may be empty.
+
+    Args:
+        start: The first example.
+        stop: The first example after them.
+        number: Number of parts.
+    """
+    return tuple(slice(*pair) for pair in pairwise(start + i * (stop - start) // number for i in range(number + 1)))
 
 
 def part_size(part: Any) -> int:
@@ -442,6 +452,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
         lengths = self.step_lengths(epoch, start, examples, cycle)
         return micro_batches_by_length(lengths, self.cut.world_size, tokens, most)[self.cut.rank]
 
+    def spare(self, epoch: int, start: int) -> int:
+        """Number of a step's first examples that a process with an empty part repeats.
+
+        Args:
+            epoch: The epoch.
+            start: Examples of the pass before the step.
+        """
+        return 1
+
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of this process, step by step, to the end of the pass."""
         # read the clock now, not when a worker fetches the first batch
@@ -487,9 +506,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
             if counts:
                 self.handed_out = start + position
             for part in self.parts(progress.epoch, position - len(step), len(step), batch_size, cycle):
-                # a process with an empty part must step with the others: it repeats an example, with weight 0
+                # a process with an empty part must step with the others: it repeats examples, with weight 0
                 if isinstance(part, slice):
-                    yield step[part] if part.stop > part.start else step[:1]
+                    yield step[part] if part.stop > part.start else step[: self.spare(progress.epoch, position - len(step))]
                 elif not len(part):
                     shortest = int(self.step_lengths(progress.epoch, position - len(step), len(step), cycle).argmin())
                     yield step[shortest : shortest + 1]

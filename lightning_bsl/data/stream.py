@@ -8,26 +8,25 @@ import importlib.util
 import io
 import pickle
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from tqdm import tqdm
 
+from lightning_bsl.data.batches import PLAIN, checksum, joined, size_of, size_of_whole, sliced
 from lightning_bsl.data.sampler import epoch_generator
 from lightning_bsl.schedules.checks import check_whole
 
 FORMAT = 1  # of a mark
-MOST_BYTES = 2**20  # of a tensor that goes through a pipe; a file in shared memory is faster for larger ones
-PLAIN = (bool, int, float, str, bytes, type(None))
-REMEDY = "give a stream of single examples, and `collate` to make batches of them"
+_END = object()  # of a pass
+MOST_BYTES = 2**18  # of a tensor that goes through a pipe; a file in shared memory is faster for larger ones
 
 
 class StreamReader:
@@ -50,6 +49,9 @@ class StreamReader:
         batched: Whether an element of the stream is a batch, not an example. By default yes for a torch ``DataLoader`` with a
             batch size, and no for an ``IterableDataset``. For others (plain iterables, webdataset, a ``DataLoader`` without a
             batch size) it must be given.
+        whole: Whether the stream gives batches that are neither cut nor joined; ``take_batch`` reads them. The stream may then
+            be a loader of any kind, also over a map-style data set, and its batches any objects. An iterator must have a method
+            ``reset``, and begin again with each ``iter``. Samplers with a ``generator`` get one that follows from ``seed``.
         collate: Makes a batch of a list of examples; by default ``torch.utils.data.default_collate``. It is called in this
             process, once for each batch.
         num_workers: Number of worker processes that read an ``IterableDataset``. A loader has its own.
@@ -83,6 +85,7 @@ class StreamReader:
         stream: Any,
         *,
         batched: bool | None = None,
+        whole: bool = False,
         collate: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         chunk_size: int = 128,
@@ -91,10 +94,11 @@ class StreamReader:
         seed: int = 0,
     ) -> None:
         self.source = Source(
-            stream, batched, collate, num_workers, chunk_size, collate_in_workers, multiprocessing_context, seed
+            stream, batched, whole, collate, num_workers, chunk_size, collate_in_workers, multiprocessing_context, seed
         )
         self.epoch = self.examples = 0
         self.exhausted = False
+        self._left = False  # whether the stream may stand inside a pass
         self._iterator: Iterator[Any] | None = None
         self._state: Any = None  # a position of the library; None is the start of the pass
         self._chunks = 0  # chunks that were used up since then; empty ones do not count
@@ -159,6 +163,35 @@ class StreamReader:
             return source.collate([example for piece in pieces for example in piece])
         return pieces[0] if len(pieces) == 1 else joined(pieces)
 
+    def take_batch(self) -> tuple[Any, int] | None:
+        """The next whole batch of the stream, and the number of its examples; ``None`` at the end of the pass.
+
+        Raises:
+            ValueError: The number of examples is not known.
+        """
+        self._ready()
+        if not self._has_chunk(0):
+            return None
+        batch, size = self._chunk, self._size
+        self._drop_chunk()
+        self._chunks += 1
+        self.examples += size
+        if not self.source.has_state:
+            self._last = (batch,)
+        return batch, size
+
+    def first(self) -> Any:
+        """The first example of the pass as a batch, or its first whole batch; it is read again.
+
+        Returns:
+            The batch; ``None`` if the stream has no examples.
+        """
+        mark = self.mark()
+        self._begin(self.epoch, None)
+        first = self.take_batch() if self.source.whole else (self.take(1),)
+        self.seek(mark)
+        return first and first[0]
+
     def mark(self, plain: bool = True) -> dict[str, Any]:
         """The position before the next ``take``: numbers, strings, lists, dicts and tensors only.
 
@@ -210,7 +243,7 @@ class StreamReader:
         """End the workers. A later ``take`` begins the pass again."""
         self._iterator = None
         self.source.close()
-        self.exhausted = False
+        self.exhausted, self._left = False, True
         self._drop_chunk()
 
     def _ready(self) -> None:
@@ -218,8 +251,8 @@ class StreamReader:
             self._begin(self.epoch, None)
 
     def _begin(self, epoch: int, state: Any, chunk_size: int | None = None) -> None:
-        again = not self.exhausted or epoch <= self.epoch  # the last pass was left, or is repeated
-        self._iterator = None
+        again = self._left or not self.exhausted or epoch <= self.epoch  # the last pass was left, or is repeated
+        self._iterator, self._left = None, False
         self._drop_chunk()
         self.epoch, self.examples, self.exhausted = epoch, 0, False
         self._state, self._chunks, self._last = state, 0, None
@@ -235,14 +268,15 @@ class StreamReader:
     def _has_chunk(self, missing: int) -> bool:
         """Read a chunk if none is under way. False at the end of the pass."""
         if self._chunk is None and not self.exhausted:
-            if missing < self._largest or not self._largest:
+            if not self.source.whole and (missing < self._largest or not self._largest):
                 self._settle()  # the next chunk may be taken in part, and the library's position is then behind it
             self._read_chunk()
         return self._chunk is not None
 
     def _read_chunk(self) -> None:
         assert self._iterator is not None
-        for item in self._iterator:
+        # not `for`: its `iter` would make some libraries' iterators begin again
+        while (item := next(self._iterator, _END)) is not _END:
             chunk, size = self.source.opened(item)
             self._shorter = self._shorter or size < self._largest
             self._largest = max(self._largest, size)
@@ -299,7 +333,7 @@ class StreamReader:
             raise ValueError(f"the stream ended before its position of {number} examples: it is not the one that was marked")
         if from_start:
             rank_zero_info(f"Skipped {number} examples in {time.monotonic() - start:.1f} s")
-            if mark["last"] is not None and mark["last"] != _checksum(last):
+            if mark["last"] is not None and mark["last"] != checksum(last):
                 rank_zero_warn(
                     f"example {number} of the stream is not the one that was taken before. If examples are changed at random, "
                     "this is as it should be. If their order is random, some are now trained twice and others never: give the "
@@ -313,6 +347,7 @@ class Source:
     Args:
         stream: The same as for ``StreamReader``, as are the others.
         batched: Whether an element is a batch.
+        whole: Whether it is neither cut nor joined.
         collate: Makes a batch of examples.
         num_workers: Number of worker processes.
         chunk_size: Number of examples that a worker reads at once.
@@ -325,6 +360,7 @@ class Source:
         self,
         stream: Any,
         batched: bool | None,
+        whole: bool,
         collate: Callable[[list[Any]], Any] | None,
         num_workers: int,
         chunk_size: int,
@@ -335,9 +371,11 @@ class Source:
         check_whole("num_workers", num_workers, least=0)
         check_whole("chunk_size", chunk_size)
         self._torch_loader = loader = loader_of(stream)
-        _check_stream(stream, loader, num_workers)
-        self.stream = stream
-        self.batched = _gives_batches(stream, loader, batched)
+        _check_stream(stream, loader, num_workers, whole)
+        self.stream, self.whole = stream, whole
+        self.batched = _gives_batches(stream, loader, True if whole and batched is None else batched)
+        if whole and not self.batched:
+            raise ValueError("`batched=False` with `whole=True`: leave `batched` out, since whole batches are taken")
         if self.batched and collate is not None:
             raise ValueError("`collate` has no effect on a stream of batches: leave it out, or give a stream of examples")
         self.dataset = stream if loader is None else loader.dataset
@@ -365,6 +403,14 @@ class Source:
         """Whether the reader chooses how many examples are read at once."""
         return self.loader_class is not None and not self.batched
 
+    @property
+    def divided_length(self) -> int | None:
+        """Examples of this process, if the library divides what is read at once, not examples, among processes and workers."""
+        if not (self.litdata and self.sized and hasattr(self.dataset, "get_len")):
+            return None
+        length: int | None = self.dataset.get_len(max(1, self.num_workers), 1)
+        return length
+
     def open(self, epoch: int, state: Any, again: bool, chunk_size: int | None) -> Iterator[Any]:
         """Begin a pass.
 
@@ -385,15 +431,25 @@ class Source:
                 self._first = (copy.deepcopy(self.dataset.state_dict()),)
             elif again:
                 self.dataset.load_state_dict(copy.deepcopy(self._first[0]))
-        for part in (self.stream,) if self.dataset is self.stream else (self.stream, self.dataset):
+        for part in self._parts():
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch + 1 if self.litdata else epoch)  # litData counts from 1, and mixes both counts otherwise
+            if isinstance(part, Sampler) and isinstance(getattr(part, "generator", 0), (torch.Generator, type(None))):
+                part.generator = epoch_generator(self.seed, epoch, stream=1)  # type: ignore[attr-defined]
         if self._here:
             self._iterate_here(state)
         else:
             self._iterate_loader(epoch, state)
         iterator: Iterator[Any] = self._iterator
         return iterator
+
+    def _parts(self) -> list[Any]:
+        """The stream, its data set, and its samplers."""
+        parts = [self.stream, self.dataset]
+        if self._torch_loader is not None and not isinstance(self.dataset, IterableDataset):
+            batches = self._torch_loader.batch_sampler
+            parts += [self._torch_loader.sampler, batches, getattr(batches, "sampler", None)]
+        return [part for i, part in enumerate(parts) if not any(part is other for other in parts[:i])]
 
     def close(self) -> None:
         """End the workers."""
@@ -407,20 +463,22 @@ class Source:
         Args:
             item: What the iterator gave.
         """
-        chunk = pickle.loads(item) if isinstance(item, bytes) else item
-        size = len(chunk) if self.lists else _size(chunk)
-        if isinstance(self.stream, DataLoader):
-            _check_batch(chunk, size, self.stream.batch_size)
-        return chunk, size
+        chunk = item.opened() if isinstance(item, _Packed) else item
+        if self.lists:
+            return chunk, len(chunk)
+        batch_size = self.stream.batch_size if isinstance(self.stream, DataLoader) else None
+        return chunk, (size_of_whole if self.whole else size_of)(chunk, batch_size)
 
     def part(self, chunk: Any, start: int, stop: int) -> Any:
-        """Some examples of an element.
+        """Some examples of an element; all of them if it stays whole.
 
         Args:
             chunk: The element.
             start: The first example.
             stop: The first example after them.
         """
+        if self.whole:
+            return chunk
         return chunk[start:stop] if self.lists else sliced(chunk, start, stop)
 
     def position(self, shorter: bool) -> Any:
@@ -537,8 +595,34 @@ def _same(item: Any) -> Any:
     return item
 
 
+class _Packed(NamedTuple):
+    """A chunk on its way from a worker: as bytes, with its large tensors beside them.
+
+    A queue opens a file for each tensor, which takes about a millisecond; but a pipe takes longer for many bytes.
+    """
+
+    pickled: bytes
+    large: list[Tensor]
+
+    def opened(self) -> Any:
+        """The chunk."""
+        unpickler = pickle.Unpickler(io.BytesIO(self.pickled))
+        unpickler.persistent_load = self.large.__getitem__  # type: ignore[method-assign]
+        return unpickler.load()
+
+
 class _Pickler(pickle.Pickler):
-    """Writes the values of tensors, and nothing of a larger tensor that they are a part of."""
+    """Writes the values of small tensors, and nothing of a larger tensor that they are a part of."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.large: list[Tensor] = []
+
+    def persistent_id(self, item: Any) -> int | None:
+        if not (_is_simple(item) and item.nbytes > MOST_BYTES):
+            return None
+        self.large.append(item)
+        return len(self.large) - 1
 
     def reducer_override(self, item: Any) -> Any:
         if not _is_simple(item):
@@ -560,14 +644,9 @@ def _tensor(values: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def _packed(collate: Callable[[Any], Any], items: Any) -> Any:
-    """A chunk, as bytes if its tensors are small: a queue opens a file for each tensor, which takes about a millisecond."""
-    chunk = collate(items)
-    sizes = [leaf.nbytes for leaf in _leaves(chunk) if isinstance(leaf, Tensor)]
-    if not sizes or sum(sizes) > len(sizes) * MOST_BYTES:
-        return chunk
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(chunk)
-    return buffer.getvalue()
+    pickler = _Pickler(buffer := io.BytesIO())
+    pickler.dump(collate(items))
+    return _Packed(buffer.getvalue(), pickler.large)
 
 
 def _only(items: list[Any]) -> Any:
@@ -618,15 +697,16 @@ def _has_shuffle_buffer(dataset: Any) -> bool:
     return False
 
 
-def _check_stream(stream: Any, loader: Any, num_workers: int) -> None:
+def _check_stream(stream: Any, loader: Any, num_workers: int, whole: bool) -> None:
     name = type(stream).__name__
     dataset = stream if loader is None else loader.dataset
     map_style = loader is not None or isinstance(stream, Dataset) or hasattr(stream, "__getitems__")
-    if map_style and not isinstance(dataset, IterableDataset):
+    if map_style and not isinstance(dataset, IterableDataset) and not whole:
         raise TypeError(f"{name} reads a map-style data set: its batches follow a plan without this class")
     if not hasattr(stream, "__iter__"):
         raise TypeError(f"{name} cannot be iterated: give an IterableDataset, a loader over one, or another iterable")
-    if isinstance(stream, Iterator) and not isinstance(stream, IterableDataset):
+    again = isinstance(stream, IterableDataset) or (whole and hasattr(stream, "reset"))
+    if isinstance(stream, Iterator) and not again:
         raise TypeError(f"a {name} can be iterated once only: give an object whose `__iter__` begins again")
     if num_workers and loader is not None:
         raise ValueError(f"`num_workers={num_workers}` has no effect on a loader: give it to the loader, or leave it out")
@@ -673,130 +753,7 @@ def _copied(state: Any, path: str = "state") -> Any:
     )
 
 
-def _is_node(tree: Any) -> bool:
-    """Whether a list or tuple holds the fields of a batch, not one value for each example."""
-    return not tree or any(isinstance(part, (Tensor, np.ndarray, Mapping, list, tuple)) for part in tree)
-
-
-def _size(tree: Any) -> int:
-    """Number of examples of a batch."""
-    sizes = dict(_sizes(tree, "batch"))
-    if len(set(sizes.values())) == 1:
-        return next(iter(sizes.values()))
-    parts = ", ".join(f"{path}: {size}" for path, size in sizes.items())
-    raise ValueError(
-        "a batch of the stream cannot be divided, since its parts do not have one row for each example "
-        f"({parts or 'no tensors'}); {REMEDY}"
-    )
-
-
-def _check_batch(batch: Any, size: int, batch_size: int | None) -> None:
-    """Refuse a list of examples: its examples look like the fields of a batch."""
-    if batch_size and (size > batch_size or (isinstance(batch, list) and len(batch) == batch_size != size)):
-        raise ValueError(
-            f"the loader has batch_size={batch_size}, but its batches have parts with {size} rows each: the first dimension "
-            f"must be the examples; {REMEDY}"
-        )
-
-
-def _sizes(tree: Any, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(tree, (Tensor, np.ndarray)):
-        yield path, len(tree) if tree.ndim else 0
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _sizes(value, f"{path}[{key!r}]")
-    elif isinstance(tree, (list, tuple)):
-        if _is_node(tree):
-            if tree and all(isinstance(value, list) and not _is_node(value) for value in tree):
-                raise ValueError(
-                    f"a batch of the stream cannot be divided: it is not known whether {path}, a list of lists, holds fields "
-                    f"or examples; {REMEDY}"
-                )
-            for i, value in enumerate(tree):
-                yield from _sizes(value, f"{path}[{i}]")
-        else:
-            yield path, len(tree)
-    elif tree is not None:
-        raise ValueError(
-            f"a batch of the stream cannot be divided: {path} is a {type(tree).__name__}, but must be a tensor, an array or a "
-            "list with one entry for each example"
-        )
-
-
-def sliced(tree: Any, start: int, stop: int) -> Any:
-    """A part of a batch."""
-    if isinstance(tree, (Tensor, np.ndarray)) or (isinstance(tree, (list, tuple)) and not _is_node(tree)):
-        return tree[start:stop]
-    return _mapped([tree], lambda values: sliced(values[0], start, stop))
-
-
-def joined(trees: list[Any]) -> Any:
-    """Batches one after the other."""
-    first = trees[0]
-    if isinstance(first, Tensor):
-        try:
-            return torch.cat(trees)
-        except (RuntimeError, TypeError) as error:
-            raise _unlike(
-                [f"{tuple(tree.shape)}" if isinstance(tree, Tensor) else type(tree).__name__ for tree in trees]
-            ) from error
-    if isinstance(first, np.ndarray):
-        try:
-            return np.concatenate(trees)
-        except ValueError as error:
-            raise _unlike([f"{np.shape(tree)}" for tree in trees]) from error
-    if isinstance(first, (list, tuple)) and not _is_node(first):
-        return type(first)(value for tree in trees for value in tree)
-    return _mapped(trees, joined)
-
-
-def _mapped(trees: list[Any], function: Callable[[list[Any]], Any]) -> Any:
-    """Apply a function to the values of a field, field by field."""
-    first = trees[0]
-    if isinstance(first, Mapping):
-        if any(not isinstance(tree, Mapping) or tree.keys() != first.keys() for tree in trees):
-            raise _unlike([f"{list(tree)}" if isinstance(tree, Mapping) else type(tree).__name__ for tree in trees])
-        fields = {key: function([tree[key] for tree in trees]) for key in first}
-        return fields if type(first) is dict else type(first)(fields)  # type: ignore[call-arg]
-    if isinstance(first, (list, tuple)):
-        if any(type(tree) is not type(first) or len(tree) != len(first) for tree in trees):
-            raise _unlike([f"{type(tree).__name__}" for tree in trees])
-        values = [function(list(part)) for part in zip(*trees)]
-        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
-    if any(tree is not None for tree in trees):
-        raise _unlike([type(tree).__name__ for tree in trees])
-    return None
-
-
-def _unlike(kinds: list[str]) -> ValueError:
-    kinds = list(dict.fromkeys(kinds))
-    return ValueError(f"batches of the stream cannot be joined, since they are not alike ({', '.join(kinds)}); {REMEDY}")
-
-
 def plain_mark(mark: Mapping[str, Any]) -> dict[str, Any]:
     """A mark that can be saved: with the checksum of the last example, not with the example."""
     last = mark["last"]
-    return {**mark, "last": _checksum(last[0]) if isinstance(last, tuple) else last}
-
-
-def _checksum(tree: Any) -> int:
-    """A number that tells examples apart, of a few values of each of their parts."""
-    total = 0
-    for leaf in _leaves(tree):
-        if isinstance(leaf, (Tensor, np.ndarray)):
-            values = (leaf.detach() if isinstance(leaf, Tensor) else leaf).reshape(-1)
-            total = zlib.crc32(repr(values[:: len(values) // 16 + 1].tolist()).encode(), total)
-        elif isinstance(leaf, PLAIN):
-            total = zlib.crc32(leaf[:4096] if isinstance(leaf, bytes) else repr(leaf)[:4096].encode(), total)
-    return total
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _leaves(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _leaves(value)
-    else:
-        yield tree
+    return {**mark, "last": checksum(last[0]) if isinstance(last, tuple) else last}

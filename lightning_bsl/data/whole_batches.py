@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -59,6 +59,10 @@ class BatchOrder(SamplerOrder):
                 )
             self._ends, self._indices = list(accumulate(size for size in sizes if size)), list(chain.from_iterable(batches))
         return self._indices
+
+    def _kept(self, index: Any) -> list[Any]:
+        """A copy of a batch: a sampler may fill the same list again and again."""
+        return list(index)
 
     def _check_length(self, length: int | None, number: int, epoch: int) -> None:
         """Accept any ``__len__``: that of a batch sampler is often an estimate, and nothing counts with it."""
@@ -141,6 +145,11 @@ class WholeBatchSampler(GlobalBatchSampler):
                 start += size
         return count
 
+    def spare(self, epoch: int, start: int) -> int:
+        """The examples of the step's first batch."""
+        ends = self.batches.ends(epoch)
+        return ends[bisect.bisect_right(ends, start)] - start
+
     def parts(self, epoch: int, start: int, examples: int, batch_size: int, cycle: int = 0) -> list[Any]:
         """This process's batches of a step, as slices of the step; the last batch of a run may be cut.
 
@@ -149,7 +158,7 @@ class WholeBatchSampler(GlobalBatchSampler):
         ends, stop = self.batches.ends(epoch), start + examples
         first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, stop)
         stops = [0, *(min(end, stop) - start for end in ends[first : last + 1])]
-        parts = [slice(*pair) for pair in zip(stops, stops[1:])]
+        parts = [slice(*pair) for pair in pairwise(stops)]
         processes = self.cut.world_size
         parts += [slice(examples, examples)] * (-len(parts) % processes)
         return parts[self.cut.rank :: processes]

@@ -108,7 +108,7 @@ TRIGGERS = {
 }
 
 
-@pytest.mark.quick(every=[13], workers=[0], cap=[5])
+@pytest.mark.quick(every=[13], workers=[0], cap=[5], trigger=["plateau"])
 @pytest.mark.quick(every=[13], workers=[2], cap=[None], trigger=["norm"])
 @pytest.mark.parametrize("every", [5, 13])
 @pytest.mark.parametrize("workers", [0, 2])

@@ -26,6 +26,7 @@ from harness.files import csv_rows, flat, logged
 from harness.fits import fit, trained
 from harness.loops import train_by_hand
 from harness.modules import Recorder, assert_close, equal
+from harness.tiers import diagonal
 from lightning_bsl import BatchLRScheduler, BatchSizeDataModule
 from lightning_bsl.callbacks.batch_lr import plan_fit
 from lightning_bsl.data import GlobalBatchSampler
@@ -120,7 +121,7 @@ BOUNDS: list[dict[str, Any]] = [
 ]
 
 
-CASES = [(name, bounds, 0) for name in SCHEDULES for bounds in BOUNDS] + [
+CASES = [pytest.param(*pair.values, 0, marks=pair.marks) for pair in diagonal(list(SCHEDULES), BOUNDS)] + [
     ("samples", BOUNDS[1], 2),  # starting workers takes its time
     pytest.param("step", BOUNDS[0], 2, marks=pytest.mark.slow),
     pytest.param("function", BOUNDS[4], 2, marks=pytest.mark.slow),
@@ -431,7 +432,6 @@ RESUMED = [
 ] + [pytest.param("step", None, lambda: own(num_workers=2), marks=pytest.mark.slow)]
 
 
-@pytest.mark.quick(on_epoch_end=[None])
 @pytest.mark.quick(name=["samples"])
 @pytest.mark.parametrize(("name", "on_epoch_end", "datamodule"), RESUMED)
 def test_resume_from_the_end_of_an_epoch(

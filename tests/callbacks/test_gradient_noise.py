@@ -499,7 +499,7 @@ class Plain(LightningDataModule):
         return DataLoader(DATA, batch_size=9, shuffle=True, generator=generator)
 
 
-@pytest.mark.quick(source=["probe", "auto"], workers=[0])
+@pytest.mark.quick(source=["auto"], workers=[0])
 @pytest.mark.quick(source=["micro"], workers=[2])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["probe", "micro", "auto", "accumulated"])

@@ -85,7 +85,7 @@ def test_equals_autograd_over_the_whole_set(batch_size: int, tmp_path: Path) -> 
         assert row["full_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.quick(workers=[0], measure=[{}, {"every": 2, "unit": "step"}])
+@pytest.mark.quick(workers=[0], measure=[{"every": 2, "unit": "step"}])
 @pytest.mark.quick(workers=[2], measure=[{"subset": 50, "batch_size": 20}])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("measure", [{}, {"every": 2, "unit": "step"}, {"subset": 50, "batch_size": 20}])

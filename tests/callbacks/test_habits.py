@@ -187,8 +187,8 @@ def go(model: Drops, *callbacks: Callback, path: Path | None = None, cap: Any = 
     return trained(model, None, BatchLRScheduler(SIZES, RATES, cap), *callbacks, **options)
 
 
-@pytest.mark.quick(cap=[4])
-@pytest.mark.quick(fails_at=[0, 8])
+@pytest.mark.quick(cap=[4], fails_at=[0, 8, 14])
+@pytest.mark.quick(cap=[None], fails_at=[1])
 @pytest.mark.parametrize("cap", [None, 4])
 @pytest.mark.parametrize("fails_at", [0, 1, 8, 9, 14])
 def test_from_an_exception_in_any_step_of_an_epoch(fails_at: int, cap: Any, tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def test_workers_deliver_the_same_micro_batches() -> None:
     assert equal(*models)
 
 
-@pytest.mark.quick(every=[6], schedule=[GROWING])
-@pytest.mark.quick(every=[6], caps=[(4, None)])
+@pytest.mark.quick(every=[6], schedule=[GROWING], caps=[(4, 4), (None, 4)])
+@pytest.mark.quick(every=[6], schedule=[SHRINKING], caps=[(4, None)])
 @pytest.mark.parametrize("every", [1, 6])
 @pytest.mark.parametrize("caps", [(4, 4), (4, None), (None, 4), (5, 2)])
 @pytest.mark.parametrize("schedule", [GROWING, SHRINKING])

@@ -50,7 +50,7 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.quick(every=[8])
+@pytest.mark.quick(every=[8], cap=[4, "auto"])
 @pytest.mark.parametrize("every", [1, 8])
 @pytest.mark.parametrize("cap", [None, 4, "auto"])
 def test_from_every_checkpoint(cap: Any, every: int, tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def counts(path: Path) -> str:
 ARGUMENTS: list[dict[str, Any]] = [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"max_steps": 9}]
 
 
-@pytest.mark.quick(most=[6], batch_size=[grow], ours=[True], arguments=ARGUMENTS[:3])
+@pytest.mark.quick(most=[6], batch_size=[grow], ours=[True], arguments=ARGUMENTS[1:3])
 @pytest.mark.quick(most=[6], batch_size=[shrink], ours=[False], arguments=[{}])
-@pytest.mark.quick(most=[6], batch_size=[shrink], arguments=[{"max_steps": 9}])
+@pytest.mark.quick(most=[6], batch_size=[shrink], ours=[True], arguments=[{"max_steps": 9}])
 @pytest.mark.parametrize("most", [6, 1000])
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("batch_size", [grow, shrink])

@@ -110,7 +110,7 @@ def test_a_limit_counts_what_they_yield(mode: str, limit: float) -> None:
 
 
 @pytest.mark.quick(shuffle=[True], drop_last=[False])
-@pytest.mark.quick(shuffle=[False], drop_last=[True])
+@pytest.mark.quick(shuffle=[False], drop_last=[True], mode=[None, "max_size"])
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(("a", "b", "mode"), [(5, 20, "max_size"), (5, 20, "max_size_cycle"), (9, 4, None), (9, 4, "min_size")])

@@ -6,11 +6,15 @@ import io
 import json
 import multiprocessing
 import random
+import re
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +22,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 from harness.data import regression
 from harness.files import flat
-from lightning_bsl.data.stream import StreamReader
+from lightning_bsl.data.sampler import Cut
+from lightning_bsl.data.stream import StreamReader, plain_mark
+from lightning_bsl.data.stream_loader import StreamLoader, stream_process
+from lightning_bsl.schedules import Progress
 
 NUMBER = 61  # examples of the streams of libraries
 Point = namedtuple("Point", "x name")
@@ -483,6 +491,240 @@ def test_as_fast_as_a_loader_of_the_same_batches() -> None:
     assert min(bare) / min(regrouped) > 0.9
 
 
+# --- whole batches
+
+
+class Graph:
+    """A batch that cannot be divided."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+
+class Resettable:
+    """An iterator as those of some libraries: it begins again with ``iter`` at its end."""
+
+    def __init__(self) -> None:
+        self.batches = self.made()
+
+    def made(self) -> Iterator[Graph]:
+        return (Graph(numbers.tolist()) for numbers in torch.arange(NUMBER).split(4))
+
+    def reset(self) -> None:
+        self.batches = self.made()
+
+    def __iter__(self) -> Resettable:
+        self.reset()
+        return self
+
+    def __next__(self) -> Graph:
+        return next(self.batches)
+
+
+class OwnLoader(DataLoader[Any]):
+    """Over a map-style data set, which it iterates in its own way."""
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+def whole_stream(kind: str) -> Any:
+    dataset = list(range(NUMBER))
+    if kind == "own loader":
+        return OwnLoader(dataset, batch_size=4, shuffle=True, num_workers=0)
+    if kind == "own loader, workers":
+        return OwnLoader(dataset, batch_size=4, shuffle=True, num_workers=2)
+    if kind == "stateful loader":
+        library = pytest.importorskip("torchdata.stateful_dataloader")
+        return library.StatefulDataLoader(dataset, batch_size=4, shuffle=True)
+    if kind == "padded":
+        return DataLoader(Numbers(), batch_size=4, collate_fn=padded)
+    return {"iterator": Resettable, "list": lambda: [Graph([*range(i, i + i % 4)]) for i in range(0, NUMBER, 3)]}[kind]()
+
+
+def numbers_of(batch: Any) -> list[int]:
+    return batch[1] if isinstance(batch, tuple) else [int(i) for i in batch]
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot go to a position")
+@pytest.mark.quick(kind=["own loader", "stateful loader", "padded", "iterator", "list"])
+@pytest.mark.parametrize("kind", ["own loader", "own loader, workers", "stateful loader", "padded", "iterator", "list"])
+def test_whole_batches_of_any_loader(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    def pass_of(reader: StreamReader) -> list[list[int]]:
+        batches = [(numbers_of(batch), size) for batch, size in iter(reader.take_batch, None)]
+        assert all(len(numbers) == size for numbers, size in batches)
+        return [numbers for numbers, _ in batches]
+
+    reader = StreamReader(whole_stream(kind), whole=True)
+    first = pass_of(reader)
+    reader.start(1)
+    marks = [reader.mark()]
+    second = []
+    for batch, _ in iter(reader.take_batch, None):
+        second.append(numbers_of(batch))
+        marks.append(saved(reader.mark()))
+    reader.close()
+    bare = [numbers_of(batch) for batch in whole_stream(kind)]
+    assert sorted(flat(first)) == sorted(flat(second)) == sorted(flat(bare))
+    assert [len(batch) for batch in first] == [len(batch) for batch in bare if len(batch)]
+    assert (first != second) == (kind not in ("iterator", "list"))
+    for i in (0, 1, 5, len(marks) - 1):
+        again = StreamReader(whole_stream(kind), whole=True)
+        again.seek(marks[i])
+        assert pass_of(again) == second[i:] and again.has_state == (kind == "stateful loader")
+        again.close()
+    assert not [warning for warning in recwarn if "is not the one" in str(warning.message)]
+
+
+def steps_of(loader: StreamLoader) -> tuple[list[list[list[int]]], list[int]]:
+    """The micro-batches of each step of an epoch, and the examples that each step counts."""
+    counts, steps = [], []
+    for batch in loader:
+        if loader.steps:
+            step = loader.steps.popleft()
+            parts, counts = [*step.slices], [*counts, step.examples]
+            steps.append([])
+        part = parts[len(steps[-1])]
+        assert part.start == sum(map(len, steps[-1]))
+        assert len(batch) == part.stop - part.start or part.stop == part.start
+        steps[-1].append(numbers_of(batch) if part.stop > part.start else [])
+    return steps, counts
+
+
+def whole_loader(batches: Any, batch_size: Any, m: int = 4, **arguments: Any) -> StreamLoader:
+    return StreamLoader(StreamReader(batches, whole=True), batch_size, whole_batches=m, **arguments)
+
+
+@pytest.mark.parametrize(
+    "batch_size, arguments, expected",
+    [
+        (8, {}, [[4, 4], [3, 4], [4, 1], [2]]),
+        (5, {}, [[4, 4], [3, 4], [4, 1], [2]]),  # rounded up
+        (lambda progress: 4 if progress.samples < 8 else 16, {}, [[4], [4], [3, 4, 4, 1], [2]]),
+        (12, {"drop_last": True}, [[4, 4, 3], [4, 4, 1]]),
+        (8, {"samples_per_epoch": 13}, [[4, 4], [3, 4]]),
+        (8, {"samples_per_epoch": 15}, [[4, 4], [3, 4]]),
+        (8, {"samples_per_epoch": 16}, [[4, 4], [3, 4], [4]]),
+        (8, {"run_end": 9}, [[4, 4], [3]]),
+        (16, {"run_end": 16}, [[4, 4, 3, 4], [4]]),  # the batch of 3 leaves one example
+    ],
+)
+def test_a_step_takes_whole_batches(batch_size: Any, arguments: dict[str, Any], expected: list[list[int]]) -> None:
+    counts = [4, 4, 3, 4, 4, 1, 2]
+    run_end = arguments.pop("run_end", None)
+    loader = whole_loader(Batches(counts), batch_size, **arguments)
+    loader.run_end = run_end
+    steps, examples = steps_of(loader)
+    assert [[len(part) for part in step] for step in steps] == expected
+    assert examples == [sum(step) for step in expected]
+    assert flat(flat(step) for step in steps) == list(range(sum(examples)))
+
+
+class Together:
+    """Two processes as threads, which exchange objects."""
+
+    def __init__(self) -> None:
+        self.barrier, self.values, self.ranks = threading.Barrier(2), [None, None], threading.local()
+
+    def gather(self, found: list[Any], mine: Any) -> None:
+        self.values[self.ranks.rank] = mine
+        self.barrier.wait(10)
+        found[:] = self.values
+        self.barrier.wait(10)
+
+    def run(self, function: Callable[[int], Any]) -> list[Any]:
+        def call(rank: int) -> Any:
+            self.ranks.rank = rank
+            return function(rank)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(call, range(2)))
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=12),
+    st.lists(st.integers(1, 3), min_size=1, max_size=12),
+    st.lists(st.integers(1, 20), min_size=12, max_size=12),
+    st.booleans(),
+)
+def test_processes_take_whole_batches_together(one: list[int], other: list[int], wanted: list[int], is_whole: bool) -> None:
+    streams, together = (one, other), Together()
+
+    def run(rank: int) -> Any:
+        reader = StreamReader(Batches(streams[rank]), **({"whole": True} if is_whole else {"batched": True}))
+        size = lambda progress: wanted[min(progress.step, 11)]  # noqa: E731
+        cut = Cut(rank, 2, None if is_whole else 2)
+        return steps_of(StreamLoader(reader, size, cut, whole_batches=3 if is_whole else None))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_gather_object", together.gather)
+        (first, counts), (second, same) = together.run(run)
+    assert counts == same and [len(step) for step in first] == [len(step) for step in second]
+    for step, parts in enumerate(zip(first, second)):
+        assert sum(len(part) for of_process in parts for part in of_process) == counts[step]
+        number = sum(bool(part) for of_process in parts for part in of_process)
+        if step < len(counts) - 1:  # full while any process has batches
+            asked = wanted[min(step, 11)]
+            assert number == 2 * -(-asked // 6) if is_whole else counts[step] == asked
+    for steps, stream in ((first, one), (second, other)):
+        assert flat(flat(step) for step in steps) == list(range(sum(stream)))
+        if is_whole:
+            assert [len(part) for step in steps for part in step if part] == stream
+
+
+def test_a_process_that_resumes_at_its_end_repeats_its_first_batch() -> None:
+    streams, together = ([2, 3], [3] * 9), Together()
+
+    def run(rank: int, position: Any = None) -> Any:
+        loader = StreamLoader(StreamReader(Batches(streams[rank]), whole=True), 6, Cut(rank, 2), whole_batches=3)
+        if position is not None:
+            loader.clock, loader.behind, loader.position = lambda: Progress(0, 2, 11), lambda: 11, position[rank]
+        batches: list[list[int]] = []
+        marks: list[Any] = []
+        for batch in loader:
+            if len(loader.steps) > len(marks):
+                marks.append(saved(plain_mark(loader.steps[-1].mark)))
+            batches.append(batch.tolist())
+        return batches, marks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_gather_object", together.gather)
+        (whole, marks), (_, others) = together.run(run)
+        position = marks[2], others[2]
+        assert position[0]["examples"] == 5
+        (resumed, _), _ = together.run(lambda rank: run(rank, position))
+    assert whole == [[0, 1], [2, 3, 4], *[[0, 1]] * 8][: len(whole)] and resumed == whole[2:]
+
+
+def test_a_process_without_examples() -> None:
+    together = Together()
+
+    def run(rank: int) -> str:
+        with pytest.raises(RuntimeError) as caught:
+            list(StreamLoader(StreamReader(Batches([5] * rank), batched=True), 4, Cut(rank, 2)))
+        return str(caught.value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_gather_object", together.gather)
+        messages = together.run(run)
+    assert messages[0] == messages[1] and "processes [0] have no examples" in messages[0]
+
+
+def test_an_epoch_that_ends_early_is_noted(recwarn: pytest.WarningsRecorder) -> None:
+    for loader in (whole_loader(Batches([4, 3]), 4, samples_per_epoch=9), StreamLoader(StreamReader(Numbers(7)), 4, Cut(), 9)):
+        with pytest.warns(UserWarning, match="after 7 examples of epoch 0, before `samples_per_epoch=9`") as record:
+            assert sum(map(len, loader)) == sum(map(len, loader)) == 7
+        assert len(record) == 1
+    assert sum(map(len, StreamLoader(StreamReader(Numbers(7)), 4, Cut(), 7))) == 7
+    assert not [warning for warning in recwarn if "streams ended" in str(warning.message)]
+
+
 # --- libraries
 
 
@@ -660,6 +902,52 @@ def test_each_library(name: str, workers: int, request: pytest.FixtureRequest, r
     assert not [warning for warning in recwarn if "is not the one" in str(warning.message)]
 
 
+@pytest.mark.parametrize("kind", ["litdata", "litdata loader"])
+def test_litdata_gives_each_process_some_of_few_examples(kind: str, optimized: str) -> None:
+    litdata = pytest.importorskip("litdata")
+    from litdata.utilities.env import _DistributedEnv
+
+    together = Together()
+
+    def run(rank: int) -> Any:
+        stream = litdata.StreamingDataset(optimized, drop_last=False)
+        stream.distributed_env = _DistributedEnv(2, rank, 1)
+        if kind == "litdata loader":
+            loader = StreamLoader(StreamReader(litdata.StreamingDataLoader(stream, batch_size=40)), 8, Cut(rank, 2))
+            with pytest.raises(RuntimeError) as caught:
+                list(loader)
+            return str(caught.value)
+        loader = StreamLoader(StreamReader(stream), 8, Cut(rank, 2))
+        return [i for batch in loader for i in ids(batch)], loader.reader.examples
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_gather_object", together.gather)
+        one, other = together.run(run)
+    if kind == "litdata loader":
+        assert one == other and re.search(r"\(batch_size=40\) among 2 processes x 1 workers: write a smaller `batch_size`", one)
+    else:
+        assert sorted({*one[0], *other[0]}) == list(range(NUMBER)) and one[1] + other[1] == NUMBER
+        assert abs(one[1] - other[1]) < NUMBER / 4
+
+
+def test_tensor_parallelism_is_refused() -> None:
+    trainer: Any = SimpleNamespace(world_size=4, distributed_sampler_kwargs={"rank": 1, "num_replicas": 4})
+    assert stream_process(trainer) == (1, 4)
+    trainer.distributed_sampler_kwargs["num_replicas"] = 2
+    with pytest.raises(MisconfigurationException, match=r"2 processes train on the same examples.*`tensor_parallel_size=1`"):
+        stream_process(trainer)
+
+
+def test_batches_are_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pins: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pins.append(len(tensor)), tensor)[1])
+    reader = StreamReader(Nested(), batched=True)
+    batches = list(StreamLoader(reader, 7, Cut(max_device_batch_size=4), pin_memory=True))
+    assert pins == [7] * 4 + [7] * 4 + [6] * 4 and [len(batch["x"]) for batch in batches] == [3, 4, 3, 4, 3, 3]
+    assert equal(batches[1], Nested().of(3, 7))
+
+
 # --- refusals
 
 
@@ -693,6 +981,16 @@ REFUSALS = {
     "workers of a loader": (reader_of(DataLoader(Numbers(), 3), num_workers=1), ValueError, "`num_workers=1` has no effect"),
     "workers of a list": (reader_of([1, 2], batched=False, num_workers=2), ValueError, "worker would read all of the list"),
     "workers": (reader_of(Numbers(), num_workers=-1), ValueError, "`num_workers=-1` must be 0 or more"),
+    "examples that stay whole": (reader_of(Numbers(), whole=True, batched=False), ValueError, "leave `batched` out"),
+    "whole batches once": (reader_of(iter([EIGHT]), whole=True), TypeError, "list_iterator can be iterated once only"),
+    "whole rows": (lambda: StreamReader([{"x": EIGHT, "y": EIGHT[:3]}], whole=True).take_batch(), ValueError,
+                   "has no known number of examples, since its parts .*; let the loader give tensors whose first dimension"),
+    "whole text": (lambda: StreamReader([{"x": EIGHT, "y": "a"}], whole=True).take_batch(), ValueError,
+                   r"has no known number of examples: batch\['y'\] is a str.*; let the loader give tensors"),
+    "large batches": (lambda: list(whole_loader(Batches([4, 5]), 8)), ValueError,
+                      "a batch of 5 examples, but its batches have at most 4 "),
+    "a reader of examples": (lambda: StreamLoader(StreamReader(Numbers()), 8, whole_batches=4), ValueError,
+                             r"`whole_batches=4` with a StreamReader\(whole=False\)"),
     "chunks": (reader_of(Numbers(), chunk_size=0), ValueError, "`chunk_size=0` must be 1 or more"),
     "no examples": (lambda: StreamReader(Numbers()).take(0), ValueError, "`n=0` must be 1 or more"),
     "an epoch": (lambda: StreamReader(Numbers()).start(-1), ValueError, "`epoch=-1` must be 0 or more"),
