@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.loaders import Ask, Epoch, as_combined, limit_of
-from lightning_bsl.callbacks.micro_batches import MemoryCeiling, Parts, StepSplitter
+from lightning_bsl.callbacks.micro_batches import Parts, StepSplitter
 from lightning_bsl.data.lengths import Lengths
 from lightning_bsl.data.sampler import Cut
 from lightning_bsl.data.stream import StreamReader
@@ -57,8 +57,8 @@ class StreamData:
 
     Raises:
         TypeError: A loader that cannot be iterated again.
-        MisconfigurationException: There are other loaders beside the stream, ``max_device_batch_size="auto"`` with several
-            processes, tensor parallelism, or a checkpoint of another number of processes.
+        MisconfigurationException: There are other loaders beside the stream, tensor parallelism, or a checkpoint of another
+            number of processes.
     """
 
     index = 0
@@ -82,11 +82,6 @@ class StreamData:
         if len(combined.flattened) > 1:
             raise MisconfigurationException(
                 f"there are {len(combined.flattened)} training loaders, one of them a stream: give the stream alone"
-            )
-        if processes > 1 and isinstance(splitter, MemoryCeiling):
-            raise MisconfigurationException(
-                "with a stream and several processes `max_device_batch_size='auto'` does not know the shares of the others at "
-                "the end of the streams: write a number"
             )
         if positions is not None and len(positions) != processes:
             raise MisconfigurationException(
@@ -127,7 +122,8 @@ class StreamData:
 
     def parts(self, examples: int, batch_size: int) -> Parts:
         """The micro-batches of this process, whose share may be another one than that of the other processes."""
-        return Parts(self.loader.steps[0].slices)
+        step = self.loader.steps[0]
+        return Parts(step.slices, counts=step.counts)
 
     def most_batches(self, batch_size: int) -> int:
         """The number of micro-batches if one process gives the whole step, as at the end of the streams."""

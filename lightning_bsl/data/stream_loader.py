@@ -50,11 +50,13 @@ class ReadStep(NamedTuple):
         mark: The position in this process's stream before the step.
         examples: Examples of the step, over all processes.
         slices: This process's micro-batches, as slices of its share.
+        counts: Examples of each process.
     """
 
     mark: Any
     examples: int
     slices: tuple[slice, ...]
+    counts: tuple[int, ...]
 
 
 class StreamLoader:
@@ -170,7 +172,7 @@ class StreamLoader:
             if dropped or not examples:
                 return
             slices = self._slices(sizes)
-            self.steps.append(ReadStep(mark, examples, slices))
+            self.steps.append(ReadStep(mark, examples, slices, tuple(counts)))
             self.handed_out += examples
             progress = progress.advance(examples)
             spare = self._spare(pieces, counts)

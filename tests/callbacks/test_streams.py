@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, get_worker_info
 
 from harness.data import regression
-from harness.fits import trained
+from harness.fits import out_of_memory, trained
 from harness.loops import train_by_hand
 from harness.modules import Regression, assert_close, equal
 from harness.processes import Pair, RemoteError
@@ -242,13 +242,23 @@ def together(
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1) if folder and not step else None
     path = Path(folder) / f"step={step}.ckpt" if step else None
     options = {"max_epochs": 2, "devices": 2, "strategy": "ddp", "enable_checkpointing": saves is not None}
-    model = trained(Regression(), Shard(), scheduler, Killed(kill_at), *([saves] if saves else []), ckpt_path=path, **options)
+    model = Tight() if cap == "auto" else Regression()
+    trained(model, Shard(), scheduler, Killed(kill_at), *([saves] if saves else []), ckpt_path=path, **options)
     weights = [parameter.tolist() for parameter in model.net.parameters()]
     return [(part.step, part.examples) for part in model.journal], weights, scheduler.progress.samples
 
 
-@pytest.mark.quick(cap=[4])
-@pytest.mark.parametrize("cap", [None, 4])
+class Tight(Regression):
+    """Has memory for seven examples in the first process, and for five in the second."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if len(batch[0]) > (5 if self.trainer.global_rank else 7):
+            raise out_of_memory()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.quick(cap=[4, "auto"])
+@pytest.mark.parametrize("cap", [None, 4, "auto"])
 def test_processes_with_shards_of_different_lengths(cap: Any, pair: Pair, tmp_path: Path) -> None:
     (first, weights, samples), (second, same, _) = pair(together, cap, str(tmp_path))
     number = sum(stop - start for start, stop in SHARDS)

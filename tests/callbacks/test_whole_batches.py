@@ -18,9 +18,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     SequentialSampler,
-    get_worker_info,
 )
 
 from harness.data import regression
@@ -285,18 +283,6 @@ def test_a_second_fit_rounds_to_its_own_loader() -> None:
 # --- loaders whose batches cannot be drawn again
 
 
-class Stream(IterableDataset[Any]):
-    """The examples of one process, shared among the workers."""
-
-    def __init__(self, start: int = 0, stop: int = N, data: Any = DATA) -> None:
-        self.start, self.stop, self.data = start, stop, data
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        step = info.num_workers if info is not None else 1
-        return (self.data[i] for i in range(self.start + (info.id if info is not None else 0), self.stop, step))
-
-
 class Own:
     """A loader of a library: it insists on its batches, and is no DataLoader."""
 
@@ -306,24 +292,13 @@ class Own:
         return (DATA[i : i + M] for i in range(0, N, M))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow), None])
-def test_batches_of_a_stream_stay_whole(workers: int | None, tmp_path: Path) -> None:
-    def loader() -> Any:
-        return Own() if workers is None else DataLoader(Stream(), batch_size=M, num_workers=workers)
-
+def test_batches_of_a_library_stay_whole(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    whole, scheduler = run(saves, dropout=True, data=loader(), max_epochs=2)
-    batches = [part.examples for part in whole.journal]
-    assert all(len(batch) <= M for batch in batches) and len(batches) == 32
-    assert [len(step) for step in steps_of(whole)][:5] == [2, 2, 2, 4, 4]
-    assert sorted(i for batch in batches for i in batch) == sorted(2 * list(range(N)))
+    whole, scheduler = run(saves, dropout=True, data=Own(), max_epochs=2)
+    assert [part.examples for part in whole.journal] == [list(range(i, min(i + M, N))) for i in range(0, N, M)] * 2
+    assert [len(step) for step in steps_of(whole)] == [2, 2, 2, 4, 4, 2, 8, 8]
     assert scheduler.progress.samples == 2 * N
     for step in (2, 5, 7):
-        model, _ = run(dropout=True, data=loader(), path=tmp_path / f"step={step}.ckpt", max_epochs=2)
+        model, _ = run(dropout=True, data=Own(), path=tmp_path / f"step={step}.ckpt", max_epochs=2)
         assert model.journal == [part for part in whole.journal if part.step >= step], step
         assert equal(model, whole)
-    by_hand, _ = run(data=loader(), max_epochs=1)
-    reference, lrs = Regression(), {part.step: part.lr for part in by_hand.journal}
-    steps = [[i for part in parts for i in part] for parts in steps_of(by_hand)]
-    train_by_hand(reference, DATA, list(zip(steps, lrs.values(), strict=True)))
-    assert_close(by_hand, reference)
