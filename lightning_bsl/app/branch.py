@@ -29,7 +29,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_bsl.app.commands import command
-from lightning_bsl.app.compose import CONF, known_warnings
+from lightning_bsl.app.compose import CONF, known_warnings, trainer_node
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.fit import VERSION
@@ -505,7 +505,7 @@ def _train(
     record = BranchRecord(checkpoint, scheduler, options.marks(start.batch_size), options.probe, datamodule.eval_batch_size)
     with known_warnings():
         trainer: Trainer = instantiate(
-            run.trainer,
+            trainer_node(run),
             callbacks=[scheduler, record],
             max_epochs=-1,
             max_steps=options.samples(start.batch_size) // batch_size,

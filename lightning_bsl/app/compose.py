@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader
 
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler, plan_fit
@@ -93,7 +94,20 @@ def make_trainer(cfg: DictConfig, *first: Callback) -> Trainer:
     chosen = [callback for callback in (cfg.get("callbacks") or {}).values() if callback and "_target_" in callback]
     callbacks = [*first, *map(instantiate, chosen)]
     loggers = list(instantiate(cfg.get("logger") or {}).values())
-    return cast(Trainer, instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False))
+    return cast(Trainer, instantiate(trainer_node(cfg), callbacks=callbacks, logger=loggers or False))
+
+
+def trainer_node(cfg: DictConfig) -> DictConfig:
+    """The node ``trainer`` without the ends in samples and tokens, which the scheduler reads there and no Trainer knows.
+
+    Args:
+        cfg: The composed configuration.
+    """
+    cfg = copy.deepcopy(cfg)  # the whole of it, since the node may refer to other nodes
+    with open_dict(cfg):
+        for name in ("max_samples", "max_tokens"):
+            cfg.trainer.pop(name, None)
+    return cast(DictConfig, cfg.trainer)
 
 
 def _tokens(datamodule: LightningDataModule) -> Measure | None:

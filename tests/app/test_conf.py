@@ -247,9 +247,9 @@ def test_no_logger_and_no_callbacks(overrides: tuple[str, ...], tmp_path: Path) 
     (("+trainer.overfit_batches=0.0", "trainer.limit_train_batches=3", "scheduler=constant"), 14 * 3 * 128),
     (("+trainer.fast_dev_run=true",), None),
     (("trainer.max_epochs=-1",), None),
-    (("scheduler.max_samples=5000",), 5000),
+    (("trainer.max_samples=5000",), 5000),
     (("scheduler.max_samples=5000", "trainer.max_epochs=-1", "scheduler=seesaw"), 5000),
-    (("data=pydoc", "scheduler.max_tokens=10000", "scheduler=constant"), 157),  # of 64 tokens
+    (("data=pydoc", "trainer.max_tokens=10000", "scheduler=constant"), 157),  # of 64 tokens
 ])  # fmt: skip
 def test_plan_follows_the_arguments_of_the_trainer(overrides: tuple[str, ...], samples: int | None) -> None:
     cfg = compose_config(*overrides)
