@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def train(cfg: DictConfig) -> float | None:
     if isinstance(resume, Finished):
         out.print(f"{folder}: finished before, not trained again", soft_wrap=True)
         return resume.value
+    composed, cfg = cfg, copy.deepcopy(cfg)  # `instantiate` puts values in the place of interpolations, also of other nodes
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data)
     scheduler = instantiate(cfg.scheduler)
@@ -100,7 +102,7 @@ def train(cfg: DictConfig) -> float | None:
             plot_run(rows, folder / "curves.png", record.bounds)
         except ModuleNotFoundError as error:
             out.print(f"no curves.png: {error}")
-    finish_run(cfg, last)
+    finish_run(composed, last)
     files = (".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints", FINISHED)
     out.print(f"{folder}: {', '.join(file for file in files if (folder / file).exists())}", soft_wrap=True)
     return last

@@ -233,7 +233,8 @@ def files_listed(printed: str) -> list[str]:
 
 @pytest.mark.parametrize("overrides, files", [
     ((), [".hydra", "plan.csv", "metrics.csv", "curves.png", "checkpoints", "finished.json"]),
-    (("logger=none",), [".hydra", "plan.csv", "checkpoints", "finished.json"]),
+    # a configuration whose values refer to others is the same at the end of the run
+    (("logger=none", "optimizer.lr=${oc.decode:'0.05'}"), [".hydra", "plan.csv", "checkpoints", "finished.json"]),
     (("~logger", "~callbacks", "+trainer.fast_dev_run=true"), [".hydra"]),
 ])  # fmt: skip
 def test_lists_the_files_that_there_are(overrides: tuple[str, ...], files: list[str], run: Run, tmp_path: Path) -> None:
