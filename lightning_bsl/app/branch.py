@@ -29,7 +29,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_bsl.app.commands import command
-from lightning_bsl.app.compose import CONF, known_warnings, trainer_node
+from lightning_bsl.app.compose import CONF, in_short, known_warnings, trainer_node
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.callbacks.clock import RunClock
 from lightning_bsl.callbacks.fit import VERSION
@@ -311,6 +311,7 @@ def main() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="branch")
+@in_short
 def _main(cfg: DictConfig) -> None:
     branch(cfg)
 

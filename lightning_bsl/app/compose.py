@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import wraps
+from typing import Any, TypeVar, cast
 
+from hydra.errors import CompactHydraException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader
 
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler, plan_fit
@@ -21,6 +26,38 @@ from lightning_bsl.schedules.plan import Measure
 from lightning_bsl.theory import BoundConstants
 
 CONF = "pkg://lightning_bsl.conf"  # where the commands find their configuration
+Result = TypeVar("Result")
+
+
+def in_short(task: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
+    """Let a command print what it refuses as a message, without a traceback; ``HYDRA_FULL_ERROR=1`` shows it.
+
+    What fails elsewhere, such as in a user's model, keeps its traceback.
+
+    Args:
+        task: The function that ``hydra.main`` runs.
+    """
+
+    @wraps(task)
+    def run(cfg: DictConfig) -> Result:
+        try:
+            return task(cfg)
+        except (ValueError, TypeError, RuntimeError, OSError, OmegaConfBaseException) as error:
+            if not _is_refusal(error):
+                raise
+            # Hydra would print an error of the configuration a second time
+            raise CompactHydraException(str(error)) from None if isinstance(error, OmegaConfBaseException) else error
+
+    return run
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the settings are refused: by this package, by the configuration, or by the Trainer."""
+    if isinstance(error, (OmegaConfBaseException, MisconfigurationException)):
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    *_, (last, _) = frames
+    return str(last.f_globals.get("__name__")).startswith("lightning_bsl.")
 
 
 def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: LightningDataModule) -> Plan | None:

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.nn import Parameter
 
-from lightning_bsl.app.compose import CONF, make_constants, make_plan
+from lightning_bsl.app.compose import CONF, in_short, make_constants, make_plan
 from lightning_bsl.callbacks import BatchLRScheduler
 from lightning_bsl.callbacks.constants import FollowingConstants
 from lightning_bsl.report import compare_table, console, megatron_line, plan_table, plot_comparison, plot_plan, theory_table
@@ -33,6 +33,7 @@ def main() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
+@in_short
 def _main(cfg: DictConfig) -> None:
     """Print the plan of a run, or several side by side, and draw it."""
     out, folder, constants = console(), Path(cfg.output_dir), make_constants(cfg)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from lightning_bsl.app.commands import command
-from lightning_bsl.app.compose import CONF, make_plan
+from lightning_bsl.app.compose import CONF, in_short, make_plan
 from lightning_bsl.app.train import train
 from lightning_bsl.report import console
 from lightning_bsl.runs.folder import changes
@@ -42,6 +42,7 @@ DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="search")
+@in_short
 def main(cfg: DictConfig) -> float:
     """Run the trials that are missing and print the best; returns the best value."""
     if cfg.trainer.get("devices", 1) != 1:  # the processes that Lightning starts would each begin a search of their own

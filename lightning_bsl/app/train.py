@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from omegaconf import DictConfig
 
 from lightning_bsl.app.commands import command
-from lightning_bsl.app.compose import CONF, known_warnings, make_constants, make_plan, make_trainer
+from lightning_bsl.app.compose import CONF, in_short, known_warnings, make_constants, make_plan, make_trainer
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.report import bound_line, console, megatron_line, plan_table, plot_run, run_table
 from lightning_bsl.runs import read_metrics
@@ -109,6 +109,7 @@ def train(cfg: DictConfig) -> float | None:
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
+@in_short
 def main(cfg: DictConfig) -> Any:
     """Train as configured; returns what a sweeper may optimise."""
     return train(cfg)

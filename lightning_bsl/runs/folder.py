@@ -41,9 +41,12 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
         The end of the same run, the checkpoint to resume from, or ``None`` for a start from nothing.
 
     Raises:
-        ValueError: The folder holds a run with another configuration.
+        ValueError: The folder holds a run with another configuration, or the checkpoint does not exist.
     """
     checkpoint: str | None = cfg.ckpt_path
+    named = checkpoint is None or checkpoint in ("last", "best", "hpc") or checkpoint.startswith("registry") or "://" in checkpoint
+    if not named and not Path(cast(str, checkpoint)).exists():  # the others are Lightning's to find
+        raise ValueError(f"ckpt_path={checkpoint}: there is no such checkpoint in {Path.cwd()}; give the path of one")
     folder, first_process = Path(cfg.output_dir), getattr(rank_zero_only, "rank", 0) == 0
     if checkpoint is not None or cfg.trainer.get("fast_dev_run"):
         if checkpoint is not None and first_process and folder.resolve() in Path(checkpoint).resolve().parents:

@@ -212,6 +212,8 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
                  marks=pytest.mark.slow),
     pytest.param(("data=text", "model=gpt_tiny", "data.root=nowhere"), ("nowhere is not there", "data.root=DIR"),
                  marks=pytest.mark.slow),
+    (("ckpt_path=nowhere/last.ckpt",), ("ckpt_path=nowhere/last.ckpt", "no such checkpoint")),
+    (("optimizer.lr=${nowhere}",), ("Interpolation key 'nowhere' not found",)),
     (("data=eli5", "model=gpt_tiny", "data.root=nowhere"), ("nowhere/eli5_category", "data.download=true")),
     pytest.param(("scheduler.batch_size.unit=tokens", "scheduler.batch_size.every=99"),
                  ("counts in tokens", "unit='samples'"), marks=pytest.mark.slow),
@@ -224,6 +226,7 @@ def test_bad_input_is_refused_before_training(
     printed = run("train.py", *overrides, folder=tmp_path / "run", fails=True).both
     for message in messages:
         assert message in printed, printed
+    assert "Traceback" not in printed
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
