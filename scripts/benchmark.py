@@ -14,12 +14,14 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import struct
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from operator import truediv
@@ -32,6 +34,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 from torchvision import datasets
 from torchvision import transforms as T
@@ -42,7 +45,8 @@ from lightning_bsl.datasets import CIFAR10, Digits, FashionMNIST, ImageDataModul
 from lightning_bsl.datasets.image import identity
 from lightning_bsl.models import CausalLM, Classifier, cnn5, distilgpt2
 from lightning_bsl.population import Grid, run_grid
-from lightning_bsl.population.grid import fitting, replica_bytes
+from lightning_bsl.population.grid import fitting
+from lightning_bsl.population.workers import usable_cores
 from lightning_bsl.schedules import Milestones
 
 BATCH_SIZES = (128, 1024, 4096)
@@ -756,31 +760,49 @@ def _train_epoch(net: torch.nn.Module, optimizer: torch.optim.Optimizer, batches
         optimizer.step()
 
 
-# --- population: replicas trained together against the same runs one by one through Lightning ---
+# --- population: a whole grid, against bare loops and against the same runs one by one through Lightning ---
 
 
 def population(arguments: argparse.Namespace) -> list[Bound]:
-    """Compare steps of a whole grid search in one process; starting and ending the runs is counted in both."""
+    """Compare replica-steps per second of a whole grid, its beginning and end counted, with those of bare steps."""
     rows, bounds = [], []
+    widths, batch_sizes, seconds = arguments.width, arguments.batch_sizes, arguments.seconds
     if arguments.toy:
-        arguments.replicas, arguments.width = 2, 2
+        arguments.replicas, widths, batch_sizes, seconds = 2, [2], [1, 12], 0.01
     images = _training_set(FashionMNIST, arguments.fashion_mnist_root, arguments.toy)
-    for batch_size, steps, bound in ((1, 100, 200 if arguments.gpu else 10), (12, 50, 3)):
-        steps = 5 if arguments.toy else steps
+    device = torch.device("cuda" if arguments.gpu else "cpu")
+    jobs = 1 if arguments.gpu else usable_cores()
+    for width, batch_size in itertools.product(widths, batch_sizes):
         data = _datamodule_of(FashionMNIST, images, batch_size)
-        device = torch.device("cuda" if arguments.gpu else "cpu")
-        most = fitting(_adam_model(arguments.width), data, batch_size, device)
-        replicas = min(arguments.replicas, most)
-        together = partial(_train_together, data, arguments, batch_size, steps, replicas)
-        alone = partial(_train_alone, data, arguments, steps)
-        found = rates({"together": together, "alone": alone}, arguments.rounds)
-        ratio = found["together"] / found["alone"]
-        size = replica_bytes(_adam_model(arguments.width), data, batch_size)
-        figures = (f"{found['together']:,.0f}", f"{found['alone']:,.0f}", str(replicas), f"{size / 2**20:.2f}")
-        rows.append([f"cnn5 of width {arguments.width}/{batch_size}", *figures])
-        bounds.append(Bound(f"population/{arguments.width}/{batch_size}", ratio, bound))
-    print("replica-steps per second, medians")
-    print(table(["model/batch size", "together", "one by one", "replicas", "MB a replica"], rows))
+        replicas = min(arguments.replicas, jobs * fitting(_adam_model(width), data, batch_size, device))
+        bare = partial(_bare_rate, width, batch_size, device, seconds)
+        candidates = {
+            "stacked": partial(bare, _stacked_step, replicas, torch.get_num_threads(), 1),
+            "loop": partial(bare, _loop_step, -(-replicas // jobs), 1, jobs),
+            "alone": partial(_alone_rate, data, arguments, width, seconds),
+        }
+        floor = max(candidate() for candidate in candidates.values())
+        steps = max(5, int(4 * seconds * floor / replicas))
+        said: list[str] = []
+        candidates["grid"] = partial(_grid_rate, data, arguments, width, batch_size, steps, replicas, said.append)
+        measured = [{name: candidate() for name, candidate in candidates.items()} for _ in range(arguments.rounds)]
+        of_floor = median(rates["grid"] / max(rates["stacked"], rates["loop"]) for rates in measured)
+        of_alone = median(rates["grid"] / rates["alone"] for rates in measured)
+        medians = [f"{median(rates[name] for rates in measured):,.0f}" for name in ("grid", "stacked", "loop", "alone")]
+        chosen = "/".join(sorted({line.split(": ")[1].split(",")[0] for line in said})) or "not measured"
+        rows.append(
+            [f"cnn5 of width {width}/{batch_size}", *medians, f"{of_floor:.2f}", f"{of_alone:.1f}", str(replicas), chosen]
+        )
+        bounds += [
+            Bound(f"population/{width}/{batch_size}", of_floor, 0.85),
+            Bound(f"population/{width}/{batch_size}/over_one_by_one", of_alone, 1),
+        ]
+        if not arguments.toy:
+            print(*rows[-1], flush=True)
+    print("replica-steps per second, medians: grid, bare stacked step, bare loops on all cores, one by one in Lightning")
+    print(
+        table(["model/batch size", "grid", "stacked", "loop", "one by one", "of floor", "of alone", "replicas", "form"], rows)
+    )
     return bounds
 
 
@@ -792,32 +814,114 @@ def _adam_model(width: int, seed: int = 0) -> Classifier:
     return Classifier(cnn5(width=width), 10, partial(torch.optim.Adam, lr=0.001))
 
 
-def _train_together(data: ImageDataModule, arguments: argparse.Namespace, batch_size: int, steps: int, replicas: int) -> int:
-    rates_of = 10 if replicas >= 50 else min(2, replicas)
+def _stacked_step(width: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
+    """A step of all replicas at once."""
+    nets = [cnn5(width=width).to(x.device) for _ in x]
+    parameters, _ = stack_module_state(nets)
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.001, fused=True)
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(functional_call(nets[0], weights, (x,)), y)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        vmap(loss)(parameters, x, y).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def _loop_step(width: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
+    """A step of one replica after the other."""
+    nets = [cnn5(width=width).to(x.device) for _ in x]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=0.001, fused=True) for net in nets]
+
+    def step() -> None:
+        for net, optimizer, images, labels in zip(nets, optimizers, x, y):
+            _train_epoch(net, optimizer, [(images, labels)])
+
+    return step
+
+
+def _bare_rate(
+    width: int,
+    batch_size: int,
+    device: torch.device,
+    seconds: float,
+    make_step: Callable[[int, torch.Tensor, torch.Tensor], Callable[[], Any]],
+    replicas: int,
+    threads: int,
+    processes: int,
+) -> float:
+    """Replica-steps per second of steps without data, in processes that begin together."""
+
+    def measure() -> float:
+        x = torch.randn(replicas, batch_size, 1, 28, 28, device=device)
+        step = make_step(width, x, torch.randint(0, 10, (replicas, batch_size), device=device))
+        step()  # which sets up something
+        if processes > 1:
+            barrier.wait()
+        begin, steps = time.perf_counter(), 0
+        while steps < 2 or time.perf_counter() - begin < seconds:
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            steps += 1
+        return steps * replicas / (time.perf_counter() - begin)
+
+    if processes == 1:
+        return measure()
+    context = multiprocessing.get_context("fork")
+    barrier, found = context.Barrier(processes), context.SimpleQueue()
+
+    def child() -> None:
+        torch.set_num_threads(threads)
+        found.put(measure())
+
+    children = [context.Process(target=child) for _ in range(processes)]
+    for process in children:
+        process.start()
+    rate: float = sum(found.get() for _ in children)
+    for process in children:
+        process.join()
+    return rate
+
+
+def _grid_rate(
+    data: ImageDataModule,
+    arguments: argparse.Namespace,
+    width: int,
+    batch_size: int,
+    steps: int,
+    replicas: int,
+    say: Callable[[str], Any],
+) -> float:
+    rates_of = next(number for number in (10, 2, 1) if replicas >= 5 * number or number == 1)
     grid = Grid(
         batch_sizes=[batch_size],
         lrs=[1e-5 * (i + 1) for i in range(rates_of)],
-        seeds=replicas // rates_of,
+        seeds=-(-replicas // rates_of),
         targets=[1e-9],  # not to be reached
         max_examples=steps * batch_size,
-        replicas_per_pass=replicas,
         probe=min(len(cast(Sized, data.train_set)), 100),
     )
-    accelerator = "gpu" if arguments.gpu else "cpu"
-
-    def trainer() -> Trainer:
-        return Trainer(accelerator=accelerator, devices=1, max_epochs=-1, **_QUIET)
-
+    trainer = partial(_trainer_of, arguments)
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        run_grid(grid, partial(_adam_model, arguments.width), data, Path(folder) / "replicas.csv", trainer)
-    return grid.replicas * steps
+        run_grid(grid, partial(_adam_model, width), data, Path(folder) / "replicas.csv", trainer, say=say)
+    return grid.replicas * steps / (time.perf_counter() - begin)
 
 
-def _train_alone(data: ImageDataModule, arguments: argparse.Namespace, steps: int) -> int:
-    accelerator = "gpu" if arguments.gpu else "cpu"
-    trainer = Trainer(accelerator=accelerator, devices=1, max_epochs=-1, max_steps=steps, limit_val_batches=0, **_QUIET)
-    trainer.fit(_adam_model(arguments.width), data)
-    return steps
+def _trainer_of(arguments: argparse.Namespace, **options: Any) -> Trainer:
+    return Trainer(accelerator="gpu" if arguments.gpu else "cpu", devices=1, max_epochs=-1, **_QUIET, **options)
+
+
+def _alone_rate(data: ImageDataModule, arguments: argparse.Namespace, width: int, seconds: float) -> float:
+    """Steps per second of a run by itself, in the same time as the others."""
+    trainer = _trainer_of(arguments, max_time=timedelta(seconds=max(seconds, 0.2)), limit_val_batches=0)
+    begin = time.perf_counter()
+    trainer.fit(_adam_model(width), data)
+    return trainer.global_step / (time.perf_counter() - begin)
 
 
 def _positive(text: str) -> int:
@@ -862,10 +966,12 @@ def main() -> None:
     subject.add_argument("--width", type=int, default=40, help="of cnn5; with 4 a CPU has little arithmetic to do")
     subject.add_argument("--gpu", action="store_true", help="train on a GPU")
 
-    subject = add("population", population, "many replicas at once against one by one, at batch sizes 1 and 12")
+    subject = add("population", population, "a grid of many replicas, against bare steps and against one by one")
     subject.add_argument("--fashion-mnist-root", help="folder of the real Fashion-MNIST; random images by default")
     subject.add_argument("--replicas", type=int, default=100, help="at most, and no more than fit; 1000 on a GPU")
-    subject.add_argument("--width", type=int, default=40, help="of cnn5; with 8 there is little arithmetic to do")
+    subject.add_argument("--width", type=int, nargs="+", default=[8, 40], help="of cnn5; with 8 there is little arithmetic")
+    subject.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 12, 64, 364])
+    subject.add_argument("--seconds", type=float, default=4, help="of each bare measurement; a grid takes four times as long")
     subject.add_argument("--gpu", action="store_true", help="train on a GPU")
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,13 +18,16 @@ from torch import Tensor
 from lightning_bsl.callbacks.micro_batches import is_out_of_memory
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.population.data import PopulationData
+from lightning_bsl.population.forms import Form, FormChoice
 from lightning_bsl.population.module import Loss, Outcome, Population
+from lightning_bsl.population.workers import Workers, start_method, usable_cores
 from lightning_bsl.schedules.checks import check_whole
 
 # a CPU is fastest with replicas that take about 64 MiB together, near the size of its caches;
 # a pass has at least 8 replicas, if they take no more than 1 GiB
 _CPU_BYTES = 64 << 20
 _LEAST, _CPU_MOST = 8, 1 << 30
+_log = logging.getLogger(__name__)
 _PARSE: dict[str, Callable[[str], Any]] = {"seed": int, "batch_size": int, "steps": int, "examples": int, "extra_steps": int}
 
 
@@ -41,7 +45,8 @@ class Grid:
         probe: Number of examples on which losses are compared with the targets.
         betas: The betas of Adam.
         eps: The eps of Adam.
-        replicas_per_pass: Number of replicas that train at once; by default what memory allows (on a CPU, its caches).
+        replicas_per_pass: Number of replicas that a process trains at once; by default what memory allows (on a CPU, its
+            caches).
 
     Raises:
         ValueError: An empty list, a value twice, or a value that is not above 0; ``max_examples`` below the largest batch size.
@@ -122,8 +127,14 @@ def run_grid(
     path: str | Path,
     trainer: Callable[[], Trainer],
     progress: Callable[[int, int], Any] = lambda done, of: None,
+    *,
+    jobs: int | None = None,
+    form: Form | None = None,
+    say: Callable[[str], Any] = _log.info,
 ) -> list[Outcome]:
-    """Train all replicas of a grid that are not in the file yet, for one batch size after another.
+    """Train all replicas of a grid that are not in the file yet, in passes: some replicas of a batch size at once.
+
+    On a CPU, worker processes with one thread each train the passes. On a GPU passes run one after the other.
 
     Args:
         grid: The grid.
@@ -133,13 +144,18 @@ def run_grid(
             not trained again; an interrupted replica leaves no lines.
         trainer: Makes the Trainer of a pass.
         progress: Called with the numbers of completed and of all replicas, when a replica is done.
+        jobs: Number of worker processes; with 1 the passes run in this process. By default the cores that this process may
+            use, and 1 where processes must be spawned but ``make`` or ``trainer`` cannot be pickled.
+        form: The form of the steps, as for `Population`; by default the faster one, which is measured for each batch size. Only
+            with a form is a grid reproducible to the last bit.
+        say: Called with a line of text for each choice of a form; by default it is logged.
 
     Returns:
         All outcomes, including those that were in the file before.
 
     Raises:
-        ValueError: The file has replicas with other targets or extra steps.
-        RuntimeError: Out of memory with a single replica.
+        ValueError: The file has replicas with other targets or extra steps; several jobs on a GPU.
+        RuntimeError: Out of memory with a single replica; a worker process was killed. Errors in workers are raised here too.
 
     Example:
         >>> import tempfile
@@ -155,69 +171,183 @@ def run_grid(
         [8]
     """
     path = Path(path)
+    check_whole("jobs", jobs, instead=", or None for one on each core", or_none=True)
     recorded = read_outcomes(path)
     _check_same(grid, recorded, path)
     outcomes = _whole(recorded, grid.targets)
     wanted = {(b, seed, lr) for b in grid.batch_sizes for seed in grid.rounds for lr in grid.lrs}
     done = {(outcome.batch_size, outcome.seed, outcome.lr) for outcome in outcomes}
     _write(path, outcomes)
+    if not wanted - done:
+        progress(grid.replicas, grid.replicas)
+        return outcomes
+    for batch_size in grid.batch_sizes:  # it sets up the data, and refuses what does not fit, before anything trains
+        PopulationData(datamodule, [], batch_size, grid.probe)
+    device = trainer().strategy.root_device
+    if device.type != "cpu" and (jobs or 1) > 1:
+        raise ValueError(f"`jobs={jobs}`: the passes of a {device.type} device run one after the other; write jobs=1")
+    said: set[tuple[int, Form]] = set()
     with path.open("ab", buffering=0) as file:
 
-        def end(ended: list[Outcome]) -> None:
-            file.write(_lines(ended))  # in one write, so that a kill can leave at most one incomplete line
-            outcomes.extend(ended)
-            done.add((ended[0].batch_size, ended[0].seed, ended[0].lr))
-            progress(len(done & wanted), grid.replicas)
+        def tell(news: list[Outcome] | _Chosen) -> None:
+            if isinstance(news, list):
+                file.write(_lines(news))  # in one write, so that a kill can leave at most one incomplete line
+                outcomes.extend(news)
+                done.add((news[0].batch_size, news[0].seed, news[0].lr))
+                progress(len(done & wanted), grid.replicas)
+            elif (news.batch_size, news.form) not in said:  # the other workers measure it, too
+                said.add((news.batch_size, news.form))
+                say(str(news))
 
         progress(len(done & wanted), grid.replicas)
-        for batch_size in grid.batch_sizes:
-            size = grid.replicas_per_pass
-            while todo := list(_todo(grid, batch_size, done)):
-                size = size or fitting(make(todo[0][0]), datamodule, batch_size, trainer().strategy.root_device)
-                replicas = todo[:size]
-                try:
-                    _pass(grid, make, datamodule, replicas, batch_size, trainer(), end)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error) or len(replicas) == 1:
-                        raise
-                    size = -(-len(replicas) // 2)
+        train = _Train(grid, make, datamodule, trainer, form)
+        most = 1 if device.type != "cpu" else min(jobs or usable_cores(), len(wanted - done))
+        passes = _Passes(grid, done, lambda batch_size: fitting(make(grid.rounds[0]), datamodule, batch_size, device), most)
+        _run(passes, train, tell, most, jobs is not None)
     return outcomes
 
 
-def _todo(grid: Grid, batch_size: int, done: set[tuple[int, int, float]]) -> Iterator[tuple[int, float]]:
-    for lr in sorted(grid.lrs, reverse=True):  # replicas of one learning rate end at about the same time
-        for seed in grid.rounds:
-            if (batch_size, seed, lr) not in done:
-                yield seed, lr
+def _run(passes: _Passes, train: _Train, tell: Callable[[Any], Any], jobs: int, wished: bool) -> None:
+    """Train all passes, in workers where they pay."""
+    if jobs > 1 and not (start_method() == "spawn" and passes.is_one):  # an import of torch takes longer than a small pass
+        try:
+            workers = Workers(jobs, train)
+        except ValueError as error:
+            if wished:
+                raise
+            _log.info("all passes run in this process: %s", error)
+        else:
+            with workers:
+                workers.run(passes.take, tell, passes.failed)
+            return
+    passes.jobs = 1
+    while (task := passes.take()) is not None:
+        try:
+            train(task, tell)
+        except RuntimeError as error:
+            passes.failed(task, error)
 
 
-def _pass(
-    grid: Grid,
-    make: Callable[[int], LightningModule],
-    datamodule: BatchSizeDataModule,
-    replicas: Sequence[tuple[int, float]],
-    batch_size: int,
-    trainer: Trainer,
-    end: Callable[[list[Outcome]], Any],
-) -> None:
-    population = Population(
-        make,
-        replicas,
-        batch_size,
-        grid.targets,
-        max_steps=grid.max_examples // batch_size,
-        extra_steps=grid.extra_steps,
-        betas=grid.betas,
-        eps=grid.eps,
-        on_end=end,
-    )
-    trainer.fit(population, datamodule=PopulationData(datamodule, population.seeds, batch_size, grid.probe))
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if not trainer.should_stop:
-        raise ValueError(
-            "the Trainer ended a pass before its replicas were done: write `max_epochs=-1`, and leave `max_steps` out"
+class _Pass(NamedTuple):
+    batch_size: int
+    replicas: Sequence[tuple[int, float]]  # seeds and rates
+
+
+class _Chosen(NamedTuple):
+    batch_size: int
+    replicas: int
+    form: Form
+    ratio: float
+
+    def __str__(self) -> str:
+        other = "the loop" if self.form == "stacked" else "the stacked form"
+        return f"batch {self.batch_size}: {self.form}, {self.ratio:.1f}x {other} ({self.replicas} replicas)"
+
+
+@dataclass
+class _Passes:
+    """The passes of a grid that are still to be trained: batch size after batch size.
+
+    Args:
+        grid: The grid.
+        done: Batch size, seed and rate of the replicas that are done.
+        fitting: The number of replicas of a batch size that fit into a pass.
+        jobs: Number of processes.
+    """
+
+    grid: Grid
+    done: set[tuple[int, int, float]]
+    fitting: Callable[[int], int]
+    jobs: int
+
+    def __post_init__(self) -> None:
+        self._todo = {
+            # replicas of one learning rate end at about the same time; the slow ones first, so that processes end together
+            batch_size: [
+                (seed, lr)
+                for lr in sorted(self.grid.lrs)
+                for seed in self.grid.rounds
+                if (batch_size, seed, lr) not in self.done
+            ]
+            for batch_size in self.grid.batch_sizes
+        }
+        self._todo = {batch_size: replicas for batch_size, replicas in self._todo.items() if replicas}
+        self._passes: list[_Pass] = []
+
+    @property
+    def is_one(self) -> bool:
+        """Whether everything fits into one pass."""
+        ((batch_size, replicas), *others) = self._todo.items()
+        return not others and len(replicas) <= self._size(batch_size)
+
+    def take(self) -> _Pass | None:
+        """The next pass; ``None`` if all are taken."""
+        if not self._passes and self._todo:
+            self._divide()
+        return self._passes.pop(0) if self._passes else None
+
+    def failed(self, task: _Pass, error: BaseException) -> None:
+        """Take back a pass whose memory was short, in halves. Another error is raised."""
+        if not isinstance(error, RuntimeError) or not is_out_of_memory(error) or len(task.replicas) == 1:
+            raise error
+        self._passes = self._in_passes(task, -(-len(task.replicas) // 2)) + [
+            smaller for other in self._passes for smaller in self._in_passes(other, -(-len(task.replicas) // 2))
+        ]
+
+    def _divide(self) -> None:
+        """Divide the replicas of the next batch size into passes of about the same number."""
+        batch_size = next(iter(self._todo))
+        size, replicas = self._size(batch_size), self._todo.pop(batch_size)
+        # where later batch sizes leave no work for the other processes, all of them share each stretch of learning rates
+        shares = self.jobs if len(self._todo) < self.jobs - 1 else 1
+        stretches = -(-len(replicas) // (size * shares))
+        for stretch in range(stretches):
+            part = replicas[len(replicas) * stretch // stretches : len(replicas) * (stretch + 1) // stretches]
+            self._passes += [_Pass(batch_size, part[share::shares]) for share in range(min(shares, len(part)))]
+
+    def _size(self, batch_size: int) -> int:
+        return self.grid.replicas_per_pass or self.fitting(batch_size)
+
+    def _in_passes(self, task: _Pass, size: int) -> list[_Pass]:
+        left = [pair for pair in task.replicas if (task.batch_size, *pair) not in self.done]
+        return [task._replace(replicas=left[start : start + size]) for start in range(0, len(left), size)]
+
+
+@dataclass
+class _Train:
+    """Trains a pass, in this process or in a worker, and tells what happens: outcomes of a replica, or a `_Chosen`."""
+
+    grid: Grid
+    make: Callable[[int], LightningModule]
+    datamodule: BatchSizeDataModule
+    trainer: Callable[[], Trainer]
+    form: Form | None
+    choices: dict[int, FormChoice] = field(default_factory=dict)
+
+    def __call__(self, task: _Pass, tell: Callable[[Any], Any]) -> None:
+        grid, (batch_size, replicas) = self.grid, task
+        if batch_size not in self.choices:
+            self.choices[batch_size] = FormChoice(lambda *choice: tell(_Chosen(batch_size, *choice)))
+        population = Population(
+            self.make,
+            replicas,
+            batch_size,
+            grid.targets,
+            max_steps=grid.max_examples // batch_size,
+            extra_steps=grid.extra_steps,
+            betas=grid.betas,
+            eps=grid.eps,
+            on_end=tell,
+            form=self.form or self.choices[batch_size],
         )
+        trainer = self.trainer()
+        trainer.fit(population, datamodule=PopulationData(self.datamodule, population.seeds, batch_size, grid.probe))
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if not trainer.should_stop:
+            raise ValueError(
+                "the Trainer ended a pass before its replicas were done: write `max_epochs=-1`, and leave `max_steps` out"
+            )
 
 
 def replica_bytes(model: LightningModule, datamodule: BatchSizeDataModule, batch_size: int) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import repeat
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_bsl.callbacks.loss_terms import count_terms, has_loss_terms
 from lightning_bsl.population.data import PopulationData
+from lightning_bsl.population.forms import FORMS, Form, FormChoice
 from lightning_bsl.population.optimizer import PopulationAdam
 from lightning_bsl.schedules.checks import check_whole
 
@@ -102,6 +106,10 @@ class Loss(nn.Module):
 class Population(LightningModule):
     """Trains R replicas (pairs of a seed and a learning rate) of one model together, with stacked parameters and one Adam.
 
+    A step has one of two forms. ``"stacked"`` computes all replicas at once, by ``torch.func.vmap``; it is faster where a
+    replica's arithmetic is small. ``"loop"`` computes one replica after the other, with the kernels that the model has alone.
+    Both are measured on the first batch for a fraction of a second, and the faster form is kept.
+
     Every replica has its own initialisation, order of examples, learning rate and end. It trains until its loss on the probe of
     [`PopulationData`][lightning_bsl.population.PopulationData] has reached all targets, and ``extra_steps`` steps more; then it
     is removed. It is the same run as if it trained alone, up to the rounding of sums in another order. A loss that is not
@@ -128,11 +136,14 @@ class Population(LightningModule):
         betas: The betas of Adam; with (0, 0) the update is the sign of the gradient.
         eps: The eps of Adam.
         on_end: Called with the outcomes of each replica that is done, one for each target.
+        form: The form of all steps; or a `FormChoice`, which several populations of a batch size may share. By default it is
+            measured. The forms differ in the rounding of sums.
 
     Raises:
         TypeError: A model without ``full_loss``.
-        ValueError: No replicas, no targets, or a number below 1. At the start of a fit: precision 16-mixed, gradient clipping,
-            several processes, or other data than a matching ``PopulationData``. While training: a batch without loss terms.
+        ValueError: No replicas, no targets, an unknown form, or a number below 1. At the start of a fit: precision 16-mixed,
+            gradient clipping, several processes, or other data than a matching ``PopulationData``. While training: a batch
+            without loss terms.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -160,8 +171,11 @@ class Population(LightningModule):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         on_end: Callable[[list[Outcome]], Any] = list,
+        form: Form | FormChoice | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(form, str) and form not in FORMS:
+            raise ValueError(f"`form={form!r}` must be one of {', '.join(FORMS)}, or None to measure which is faster")
         if not replicas or not targets:
             raise ValueError(f"{len(replicas)} replicas and {len(targets)} targets: give at least one of each")
         for name, value in (("batch_size", batch_size), ("max_steps", max_steps), ("extra_steps", extra_steps)):
@@ -179,6 +193,7 @@ class Population(LightningModule):
         self._terms = 0.0  # terms per example, summed over the steps
         self._next_check = min(_FIRST_CHECK, max_steps)
         self._on_end = on_end
+        self._choice = FormChoice() if form is None else form
 
         initial = []
         for seed in seeds:
@@ -186,6 +201,7 @@ class Population(LightningModule):
             replace_all_batch_norm_modules_(loss)  # without running statistics, which vmap cannot update
             initial.append(dict(loss.named_parameters()))
         self._model: tuple[Loss] = (loss,)  # in a tuple, so that its parameters are not parameters of this module
+        self._parameters_of_model = list(loss.parameters())
         self.names = list(initial[0])
         self.stacked = nn.ParameterList(
             nn.Parameter(torch.stack([initial[replica.row][name].detach() for replica in self.replicas]), like.requires_grad)
@@ -220,7 +236,7 @@ class Population(LightningModule):
         self._probe = tree_map(lambda leaf: leaf.to(self.device), data.probe())
 
     def losses(self, batch: Any, replicas: Sequence[int] | None = None) -> Tensor:
-        """The mean loss of each replica.
+        """The mean loss of each replica, in the stacked form.
 
         Args:
             batch: Tensors ``[R, B, ...]``, with one batch per replica; or, if ``replicas`` are given, one batch ``[B, ...]``
@@ -230,30 +246,103 @@ class Population(LightningModule):
         Returns:
             Losses ``[R]``.
         """
-        stacked = list(self.stacked) if replicas is None else [weights[replicas] for weights in self.stacked]
+        if replicas is None:
+            return self._stacked_losses(list(self.stacked), batch, 0)
+        return self._stacked_losses([weights[replicas] for weights in self.stacked], batch, None)
 
+    def _stacked_losses(self, stacked: Sequence[Tensor], batch: Any, batch_dim: int | None) -> Tensor:
         def loss(parameters: dict[str, Tensor], batch: Any) -> Tensor:
             value: Tensor = functional_call(self._model[0], parameters, (batch,))
             return value
 
-        losses = vmap(loss, in_dims=(0, 0 if replicas is None else None), randomness="different")
+        losses = vmap(loss, in_dims=(0, batch_dim), randomness="different")
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels would run one replica after another
             values: Tensor = losses(dict(zip(self.names, stacked)), batch)
         return values
 
+    def looped_losses(self, batches: Iterable[Any], replicas: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """The mean loss of one replica after the other, in the loop form. Gradients are those of ``self._model``.
+
+        Args:
+            batches: A batch ``[B, ...]`` for each replica.
+            replicas: Indices of some replicas; by default all.
+
+        Yields:
+            Losses, with the parameters of the model still those of the replica.
+        """
+        weights = list(zip(*(stacked.detach().unbind() for stacked in self.stacked)))
+        for index, batch in zip(range(len(weights)) if replicas is None else replicas, batches):
+            for parameter, of_replica in zip(self._parameters_of_model, weights[index]):
+                parameter.data = of_replica
+            if torch.is_autocast_enabled(self.device.type):
+                torch.clear_autocast_cache()  # it knows converted weights by their parameter, which has other weights now
+            yield self._model[0](batch)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the sum of the replicas' losses. Its gradient for a replica's parameters is that of the replica's own loss.
+        """Return the sum of the replicas' losses.
+
+        In the stacked form its gradient for a replica's parameters is that of the replica's own loss. In the loop form it has
+        none: each replica is updated here.
 
         Args:
             batch: Tensors ``[S, B, ...]``, one row for each seed.
             batch_idx: Index of the batch.
         """
         weight = self._weight(batch)
-        losses = self.losses(tree_map(lambda leaf: leaf[self.rows], batch))
+        form = self._choice
+        if isinstance(form, FormChoice):
+            form = form.of(len(self.replicas), partial(self._seconds, batch))
+        if form == "stacked":
+            losses = self.losses(tree_map(itemgetter(self.rows), batch))
+        else:
+            losses = self._train_looped([tree_map(itemgetter(row), batch) for row in range(len(self.seeds))])
         with torch.no_grad():
             now = losses.detach().to(self.running_loss)
             self.running_loss = now if self.steps == 0 else self.running_loss + weight * (now - self.running_loss)
         return losses.sum()
+
+    def _train_looped(self, batches: Sequence[Any]) -> Tensor:
+        """Update one replica after the other; the optimizer's own step then only counts."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, PopulationAdam)
+        losses = []
+        of_replicas = (batches[replica.row] for replica in self.replicas)
+        for loss, update in zip(self.looped_losses(of_replicas), optimizer.updates()):
+            update(self._gradients(loss))
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _gradients(self, loss: Tensor, of: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+        """The gradients of trained parameters, by default the model's."""
+        trained = [parameter for parameter in of or self._parameters_of_model if parameter.requires_grad]
+        if not torch.is_autocast_enabled(self.device.type):
+            return torch.autograd.grad(loss, trained, allow_unused=True)
+        with torch.autocast(self.device.type, enabled=False):  # a backward pass belongs outside of autocast
+            return torch.autograd.grad(loss, trained, allow_unused=True)
+
+    def _seconds(self, batch: Any, form: Form, number: int) -> float:
+        """The time that a form takes for the gradients of the first replicas, which change nothing."""
+        chosen = range(number)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            begun = self._clock()
+            if form == "loop":
+                for loss in self.looped_losses((tree_map(itemgetter(self.replicas[i].row), batch) for i in chosen), chosen):
+                    self._gradients(loss)
+            else:
+                weights = [stacked.detach()[:number].requires_grad_(stacked.requires_grad) for stacked in self.stacked]
+                losses = self._stacked_losses(weights, tree_map(itemgetter(self.rows[:number]), batch), 0)
+                self._gradients(losses.sum(), weights)
+            return self._clock() - begun
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients of the stacked form. In the loop form there are none left to compute."""
+        if loss.requires_grad:
+            super().backward(loss, *args, **kwargs)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _weight(self, batch: Any) -> Any:
         """The weight of a step in the running means of the loss: a number, or a tensor ``[R]``."""
@@ -300,11 +389,15 @@ class Population(LightningModule):
     def _probe_losses(self, replicas: Sequence[int]) -> list[float]:
         self._model[0].eval()
         values: list[float] = []
-        # a few replicas at once: the probe is larger than a step's batch, but nothing is kept for a backward pass
-        number = max(1, 4 * len(self.replicas) * self.batch_size // self._data.probe_size)
-        for start in range(0, len(replicas), number):
-            with self.trainer.precision_plugin.forward_context():
-                values += self.losses(self._probe, replicas[start : start + number]).tolist()
+        with self.trainer.precision_plugin.forward_context():
+            # on a CPU the loop is faster for so many examples, whatever is faster for the batches
+            if self.device.type == "cpu":
+                values = [loss.item() for loss in self.looped_losses(repeat(self._probe), replicas)]
+            else:
+                # a few replicas at once: the probe is larger than a step's batch, but nothing is kept for a backward pass
+                number = max(1, 4 * len(self.replicas) * self.batch_size // self._data.probe_size)
+                for start in range(0, len(replicas), number):
+                    values += self.losses(self._probe, replicas[start : start + number]).tolist()
         self._model[0].train()
         return values
 

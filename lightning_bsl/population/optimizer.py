@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adam import adam
 
 
 class PopulationAdam(Optimizer):
@@ -56,30 +56,34 @@ class PopulationAdam(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             updated = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in updated:
-                if not (state := self.state[parameter]):
-                    state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
-            start = 0
-            for lr, number in zip(*(column.tolist() for column in group["lr"].unique_consecutive(return_counts=True))):
-                rows, start = slice(start, start + number), start + number
-                adam(
-                    params=[parameter[rows] for parameter in updated],
-                    grads=[cast(Tensor, parameter.grad)[rows] for parameter in updated],
-                    exp_avgs=[self.state[parameter]["exp_avg"][rows] for parameter in updated],
-                    exp_avg_sqs=[self.state[parameter]["exp_avg_sq"][rows] for parameter in updated],
-                    max_exp_avg_sqs=[],
-                    state_steps=[torch.tensor(float(group["step"]), device=parameter.device) for parameter in updated],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=lr,
-                    weight_decay=0.0,
-                    eps=group["eps"],
-                    maximize=False,
-                )
+            tensors = [[parameter, cast(Tensor, parameter.grad), *self._moments(parameter)] for parameter in updated]
+            lrs, numbers = (column.tolist() for column in group["lr"].unique_consecutive(return_counts=True))
+            rows = zip(*(zip(*(tensor.split(numbers) for tensor in of)) for of in tensors))
+            for lr, of_rows in zip(lrs, rows):
+                _adam(group, lr, of_rows)
             group["step"] += 1
         return loss
+
+    def updates(self) -> Iterator[Callable[[Sequence[Tensor | None]], None]]:
+        """One function for each replica: it updates this replica with its gradients, one for each parameter.
+
+        In place of gradients of the stacked parameters: call the functions, then `step` without gradients, which counts. So a
+        replica is updated while its weights and gradients are in the caches.
+        """
+        (group,) = self.param_groups
+        stacked = [[parameter.detach(), *self._moments(parameter)] for parameter in group["params"]]
+        rows = zip(*(zip(*(tensor.unbind() for tensor in of)) for of in stacked))
+
+        def update(lr: float, row: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor | None]) -> None:
+            used = zip(row, gradients, strict=True)
+            _adam(group, lr, [[of[0], gradient, *of[1:]] for of, gradient in used if gradient is not None])
+
+        return (partial(update, lr, row) for lr, row in zip(group["lr"].tolist(), rows))
+
+    def _moments(self, parameter: Tensor) -> list[Tensor]:
+        if not (state := self.state[parameter]):
+            state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
+        return [state["exp_avg"], state["exp_avg_sq"]]
 
     def keep(self, rows: Tensor) -> None:
         """Keep the state of some replicas only. The parameters must be cut already.
@@ -92,3 +96,28 @@ class PopulationAdam(Optimizer):
             for parameter in group["params"]:
                 for name, moment in self.state[parameter].items():
                     self.state[parameter][name] = moment[rows]
+
+
+@torch.no_grad()
+def _adam(group: Mapping[str, Any], lr: float, tensors: Sequence[Sequence[Tensor]]) -> None:
+    """One step for rows of some parameters: for each of them the weights, the gradient and the two moments."""
+    for dtype in {of[0].dtype for of in tensors}:
+        weights, gradients, first, second = (list(of) for of in zip(*(of for of in tensors if of[0].dtype == dtype)))
+        step = torch.tensor(group["step"] + 1.0, device=weights[0].device)
+        # the kernel of Adam(fused=True) itself: what `torch.optim.adam.adam` does around it takes three times as long for small
+        # models, and there is a call for each learning rate or replica
+        torch._fused_adam_(
+            weights,
+            gradients,
+            first,
+            second,
+            [],
+            [step] * len(weights),
+            lr=lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )

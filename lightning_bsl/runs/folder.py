@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -44,8 +45,9 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
         ValueError: The folder holds a run with another configuration, or the checkpoint does not exist.
     """
     checkpoint: str | None = cfg.ckpt_path
-    named = checkpoint is None or checkpoint in ("last", "best", "hpc") or checkpoint.startswith("registry") or "://" in checkpoint
-    if not named and not Path(cast(str, checkpoint)).exists():  # the others are Lightning's to find
+    # Lightning finds what is no path
+    is_path = checkpoint is not None and not re.match(r"(last|best|hpc)$|registry|\w+://", checkpoint)
+    if is_path and not Path(cast(str, checkpoint)).exists():
         raise ValueError(f"ckpt_path={checkpoint}: there is no such checkpoint in {Path.cwd()}; give the path of one")
     folder, first_process = Path(cfg.output_dir), getattr(rank_zero_only, "rank", 0) == 0
     if checkpoint is not None or cfg.trainer.get("fast_dev_run"):

@@ -18,7 +18,7 @@ BOUNDS = {
     "lengths": ["by_length_over_by_number"],
     "gradient_norm": ["fashion_mnist/over_bare", "fashion_mnist/torchvision_over_ours"],
     "train": ["fashion_mnist/over_the_papers_way"],
-    "population": ["2/1", "2/12"],
+    "population": ["2/1", "2/1/over_one_by_one", "2/12", "2/12/over_one_by_one"],
 }  # fmt: skip
 
 
@@ -69,7 +69,10 @@ def test_refusals(arguments: Any, message: str, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", BOUNDS)
 def test_every_subject_at_its_size(subject: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    small = {"train": ("--images", 2000, "--epochs", 2, "--width", 8), "population": ("--replicas", 20, "--width", 8)}
+    small = {
+        "train": ("--images", 2000, "--epochs", 2, "--width", 8),
+        "population": ("--replicas", 20, "--width", 8, "--seconds", 1),
+    }
     arguments = (subject, "--rounds", 1, *small.get(subject, ()))
     assert run_script("benchmark.py", *arguments, monkeypatch=monkeypatch) == 0
     assert ratios(capfd.readouterr().out)

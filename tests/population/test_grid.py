@@ -1,11 +1,18 @@
-"""Grids in passes: interrupted, extended, short of memory."""
+"""Grids in passes: interrupted, extended, short of memory; in this process and in workers."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import random
 import re
+import signal
+import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +29,7 @@ from harness.fits import out_of_memory, quiet
 from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Grid, Outcome, Population, read_outcomes, run_grid
-from lightning_bsl.population.grid import fitting
+from lightning_bsl.population.grid import _Pass, _Passes, fitting
 
 pytestmark = pytest.mark.xdist_group("grid")  # which is trained once
 GRID: dict[str, Any] = {
@@ -30,15 +37,23 @@ GRID: dict[str, Any] = {
     "extra_steps": 3, "probe": 40,
 }  # fmt: skip
 
+FEW: dict[str, Any] = {"batch_sizes": [16], "lrs": [0.02, 1e200], "max_examples": 480}
+
 
 def make(seed: int) -> Classifier:
     torch.manual_seed(seed)
     return Classifier(cnn5(image_size=8, width=4), 10)
 
 
+def make_trainer() -> Trainer:
+    return Trainer(**quiet(max_epochs=-1, precision="64-true"))
+
+
 def trained(path: Path, progress: Any = lambda done, of: None, **changes: Any) -> list[Outcome]:
-    grid = Grid(**GRID | changes)
-    return run_grid(grid, make, Digits(), path, lambda: Trainer(**quiet(max_epochs=-1, precision="64-true")), progress)
+    how = {name: changes.pop(name) for name in ("form", "say") if name in changes}
+    pieces = {"make": make, "datamodule": Digits(), "trainer": make_trainer, "jobs": 1}
+    pieces |= {name: changes.pop(name) for name in pieces if name in changes}
+    return run_grid(Grid(**GRID | changes), path=path, progress=progress, **pieces, **how)  # type: ignore[arg-type]
 
 
 def same(outcomes: Sequence[Outcome], others: Sequence[Outcome]) -> None:
@@ -137,6 +152,198 @@ def test_where_memory_is_short_fewer_train_at_once(
         trained(tmp_path / "other.csv")
 
 
+# --- workers
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    return trained(tmp_path_factory.mktemp("few") / "replicas.csv", form="loop", **FEW)
+
+
+@pytest.mark.quick(changes=[FEW])
+@pytest.mark.parametrize("changes", [FEW, {}])
+def test_workers_train_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
+    """In the loop form a replica does not depend on its pass, and one thread has one order of sums: bit for bit."""
+    calls: list[tuple[int, int]] = []
+    alone = trained(tmp_path / "alone.csv", form="loop", **changes)
+    path = tmp_path / "replicas.csv"
+    here = trained(path, lambda *each: calls.append(each), jobs=2, form="loop", **changes)
+    assert sorted(map(str, here)) == sorted(map(str, alone)) == sorted(map(str, read_outcomes(path)))
+    assert calls == [(done, len(alone) // 2) for done in range(len(alone) // 2 + 1)]
+    same(trained(tmp_path / "stacked.csv", jobs=2, form="stacked", **changes), alone)
+    assert not multiprocessing.active_children()
+
+
+def test_the_choice_of_a_form_is_said(tmp_path: Path) -> None:
+    lines: list[str] = []
+    trained(tmp_path / "replicas.csv", say=lines.append, jobs=2, lrs=[0.01, 0.02], max_examples=160)
+    pattern = r"batch (8|16): (loop, \d+\.\dx the stacked form|stacked, \d+\.\dx the loop) \(\d replicas\)"
+    assert all(re.fullmatch(pattern, line) for line in lines)
+    assert {line.split(":")[0] for line in lines} == {"batch 8", "batch 16"}
+
+
+class TwoArgumentsError(Exception):
+    """Cannot be unpickled."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")
+
+
+def killed() -> BaseException:
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return AssertionError()
+
+
+@pytest.mark.parametrize("error, kind, message", [
+    (lambda: ValueError("no such layer"), ValueError, "no such layer"),
+    (lambda: TwoArgumentsError("no", "layer"), RuntimeError, "TwoArgumentsError: no layer"),
+    (killed, RuntimeError, r"exit code -9 while it trained _Pass\(batch_size=16, "),
+])  # fmt: skip
+def test_what_happens_in_a_worker_is_raised(
+    few: list[Outcome], error: Any, kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    def broken(seed: int) -> Classifier:
+        if seed == 1:
+            raise error()
+        return make(seed)
+
+    path = tmp_path / "replicas.csv"
+    with pytest.raises(kind, match=message) as caught:
+        trained(path, make=broken, jobs=2, form="loop", **FEW)
+    assert error is killed or "in broken" in str(caught.value.__cause__)  # the traceback of the worker
+    assert not multiprocessing.active_children()
+    assert sorted(map(str, trained(path, form="loop", **FEW))) == sorted(map(str, few))
+
+
+def test_an_interruption_ends_the_workers(few: list[Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "replicas.csv"
+
+    def interrupt(done: int, of: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(path, interrupt, jobs=2, form="loop", **FEW)
+    assert not multiprocessing.active_children()
+    before = read_outcomes(path)
+    assert len(before) == 2  # of one replica
+    after = trained(path, jobs=2, form="loop", **FEW)
+    assert str(after[:2]) == str(before) and sorted(map(str, after)) == sorted(map(str, few))
+
+
+def test_workers_that_are_short_of_memory_train_fewer(
+    few: list[Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Population.training_step
+
+    def training_step(self: Population, batch: Any, batch_idx: int) -> Tensor:
+        if len(self.replicas) > 1:
+            raise out_of_memory()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Population, "training_step", training_step)
+    same(trained(tmp_path / "replicas.csv", jobs=2, **FEW), few)
+
+
+def killed_again_and_again(path: Path, kills: int, jobs: int, **options: Any) -> None:
+    """Kills a grid when some replicas more have ended; none that had ended may begin again."""
+    log = path.parent / "begun.txt"
+
+    def begin() -> None:
+        done = {(each.batch_size, each.seed, each.lr) for each in read_outcomes(path)}
+        initialise = Population.__init__
+
+        def noting(self: Population, make: Any, replicas: Any, batch_size: int, *arguments: Any, **others: Any) -> None:
+            again = done & {(batch_size, *pair) for pair in replicas}
+            with log.open("a") as file:
+                file.write(f"{again or 'new'}\n")
+            initialise(self, make, replicas, batch_size, *arguments, **others)
+
+        Population.__init__ = noting  # type: ignore[method-assign]
+        trained(path, jobs=jobs, form="loop", replicas_per_pass=2, **options)
+
+    for _ in range(kills):
+        before = len(path.read_text().splitlines()) if path.exists() else 1
+        more = before + 1 + random.randrange(3)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            with suppress(BaseException), open(os.devnull, "w") as file:
+                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+                begin()
+            os._exit(0)
+        os.close(writer)
+        while not path.exists() or len(path.read_text().splitlines()) < more:
+            time.sleep(0.001)
+        time.sleep(random.random() / 20)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status), "it ended before it was killed"
+        assert os.read(reader, 1) == b""  # its workers have ended, too
+        os.close(reader)
+    lines = log.read_text().splitlines()
+    assert len(lines) >= kills and set(lines) == {"new"}
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_with_workers_it_loses_and_repeats_nothing(kills: int, tmp_path: Path) -> None:
+    larger: dict[str, Any] = {"max_examples": 480} if kills == 1 else {"seeds": 6, "max_examples": 2400}
+    path = tmp_path / "replicas.csv"
+    killed_again_and_again(path, kills, 2, **larger)
+    before = read_outcomes(path)
+    after = trained(path, form="loop", **larger)
+    assert str(after[: len(before)]) == str(before)
+    assert sorted(map(str, after)) == sorted(map(str, trained(tmp_path / "whole.csv", form="loop", **larger)))
+
+
+@pytest.mark.slow
+def test_workers_can_be_spawned(few: list[Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("workers", "grid"):
+        monkeypatch.setattr(f"lightning_bsl.population.{name}.start_method", lambda: "spawn")
+    here = trained(tmp_path / "replicas.csv", jobs=2, form="loop", replicas_per_pass=2, **FEW)
+    assert sorted(map(str, here)) == sorted(map(str, few))
+
+
+def test_what_cannot_be_pickled_is_not_spawned(few: list[Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("workers", "grid"):
+        monkeypatch.setattr(f"lightning_bsl.population.{name}.start_method", lambda: "spawn")
+    with pytest.raises(ValueError, match="write functions at the top of a module, no lambdas; or jobs=1"):
+        trained(tmp_path / "refused.csv", make=lambda seed: make(seed), jobs=2, replicas_per_pass=2, **FEW)
+    monkeypatch.setattr("lightning_bsl.population.grid.usable_cores", lambda: 2)
+    few_at_once = {"replicas_per_pass": 2, "form": "loop"} | FEW
+    here = trained(tmp_path / "replicas.csv", make=lambda seed: make(seed), jobs=None, **few_at_once)
+    assert sorted(map(str, here)) == sorted(map(str, few))
+
+
+@pytest.mark.parametrize("jobs, message", [
+    (2, "`jobs=2`: the passes of a cuda device run one after the other; write jobs=1"),
+    (0, "`jobs=0`"),
+])  # fmt: skip
+def test_jobs_that_cannot_be(jobs: int, message: str, tmp_path: Path) -> None:
+    gpu = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path / "replicas.csv", trainer=lambda: gpu, jobs=jobs)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, 5, 100])
+def test_passes_hold_every_replica_once(jobs: int, size: int) -> None:
+    grid = Grid([4, 8, 16], [0.1, 0.2, 0.3, 0.4], seeds=4, targets=[1.0], max_examples=64)
+    passes = _Passes(grid, {(4, 0, 0.1), (8, 3, 0.4)}, lambda batch_size: size, jobs)
+    assert not passes.is_one
+    taken: list[_Pass] = []
+    while (task := passes.take()) is not None:
+        taken.append(task)
+    replicas = Counter((task.batch_size, *pair) for task in taken for pair in task.replicas)
+    assert set(replicas.values()) == {1} and len(replicas) == grid.replicas - 2
+    assert max(len(task.replicas) for task in taken) <= size
+    assert all([lr for _, lr in task.replicas] == sorted(lr for _, lr in task.replicas) for task in taken)  # neighbours
+    last = [len(task.replicas) for task in taken if task.batch_size == 16]
+    assert len(last) % jobs == 0 and max(last) - min(last) <= 1  # all processes have work to the end
+
+
 def test_larger_models_and_batches_train_fewer_at_once() -> None:
     data = Digits()
     data.setup("fit")
@@ -194,7 +401,7 @@ def test_the_script_killed_goes_on(run: Run, tmp_path: Path) -> None:
 
         Population.training_step = training_step  # type: ignore[method-assign]
 
-    options = ("grid.replicas_per_pass=2", f"hydra.run.dir={cut}")
+    options = ("jobs=1", "grid.replicas_per_pass=2", f"hydra.run.dir={cut}")
     run_killed("surge_grid.py", *SCRIPT, *options, prepare=prepare, folder=tmp_path)
     before = read_outcomes(cut / "replicas.csv")
     assert 4 <= len(before) < 12

@@ -23,11 +23,13 @@ from lightning_bsl.data.sampler import GlobalBatchSampler
 from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Outcome, Population, PopulationData
+from lightning_bsl.population.forms import FORMS, Form, FormChoice
 from lightning_bsl.schedules import Progress
 
 CNN = ("data=digits", "model=cnn5", "+model.net.width=4", "optimizer=adam")
 SIGN = "optimizer.betas=[0.0,0.0]"
 Make = Callable[[int], LightningModule]
+both_forms = pytest.mark.parametrize("form", FORMS)
 
 
 def make_cnn(seed: int) -> Classifier:
@@ -100,32 +102,37 @@ def assert_equal(population: Population, index: int, state: dict[str, Tensor], t
 def test_a_replica_is_the_run_of_the_train_script(overrides: tuple[str, ...], lr: float, tmp_path: Path) -> None:
     cfg = compose_config(*overrides)
     replicas = [(0, lr), (3, lr / 4)]
-    together = trained_together(
-        maker(cfg), instantiate(cfg.data), replicas, 20, batch_size=6, targets=[1e-9], betas=cfg.optimizer.betas,
-        eps=cfg.optimizer.get("eps", 1e-8),
-    )  # fmt: skip
-    assert together.steps == 20
     index = 1 if lr < 0.001 else 0  # the other rate
-    assert_equal(together, index, trained_alone(tmp_path, *replicas[index], 6, 20, *overrides))
+    alone = trained_alone(tmp_path, *replicas[index], 6, 20, *overrides)
+    for form in FORMS:
+        together = trained_together(
+            maker(cfg), instantiate(cfg.data), replicas, 20, batch_size=6, targets=[1e-9], betas=cfg.optimizer.betas,
+            eps=cfg.optimizer.get("eps", 1e-8), form=form,
+        )  # fmt: skip
+        assert together.steps == 20
+        assert_equal(together, index, alone)
 
 
 @pytest.mark.parametrize("sign", [(), pytest.param((SIGN,), marks=pytest.mark.slow)])
 def test_others_that_leave_change_nothing(sign: tuple[str, ...], tmp_path: Path) -> None:
     cfg = compose_config(*CNN, *sign)
-    outcomes: list[Outcome] = []
     replicas = [(0, 1e200), (1, 1e-4), (2, 0.02), (1, 0.02)]  # the first diverges, the last two reach the target
-    together = trained_together(
-        maker(cfg), instantiate(cfg.data), replicas, 60, betas=cfg.optimizer.betas, targets=[2.25], extra_steps=2,
-        on_end=outcomes.extend,
-    )  # fmt: skip
-    assert [(each.seed, each.lr) for each in together.replicas] == [(1, 1e-4)]
-    assert sorted(each.status for each in outcomes) == ["diverged", "reached", "reached"]
-    assert_equal(together, 0, trained_alone(tmp_path, 1, 1e-4, 8, 60, *CNN, *sign))
+    alone = trained_alone(tmp_path, 1, 1e-4, 8, 60, *CNN, *sign)
+    for form in FORMS:
+        outcomes: list[Outcome] = []
+        together = trained_together(
+            maker(cfg), instantiate(cfg.data), replicas, 60, betas=cfg.optimizer.betas, targets=[2.25], extra_steps=2,
+            on_end=outcomes.extend, form=form,
+        )  # fmt: skip
+        assert [(each.seed, each.lr) for each in together.replicas] == [(1, 1e-4)]
+        assert sorted(each.status for each in outcomes) == ["diverged", "reached", "reached"]
+        assert_equal(together, 0, alone)
 
 
+@both_forms
 @pytest.mark.parametrize("betas", [(0.9, 0.999), pytest.param((0.0, 0.0), marks=pytest.mark.slow)])
-def test_resumed_it_goes_on_as_if_uninterrupted(betas: tuple[float, float], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"betas": betas, "targets": [2.25, 2.0], "extra_steps": 5}
+def test_resumed_it_goes_on_as_if_uninterrupted(betas: tuple[float, float], form: Form, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"betas": betas, "targets": [2.25, 2.0], "extra_steps": 5, "form": form}
     replicas = [(0, 1e200), (0, 0.02), (1, 0.02), (1, 1e-4)]
     outcomes: dict[str, list[Outcome]] = {"whole": [], "first": [], "second": []}
     whole = trained_together(make_cnn, Digits(), replicas, 60, on_end=outcomes["whole"].extend, **options)
@@ -180,23 +187,25 @@ def steps_alone(seed: int, lr: float, most: int, data: Digits, probe: Any) -> tu
 @pytest.mark.parametrize("seeds", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_steps_to_the_target_are_those_of_plain_loops(seeds: int) -> None:
     replicas = [(seed, lr) for lr in (0.02, 0.015, 0.01, 0.008) for seed in range(seeds)]
-    outcomes: list[Outcome] = []
-    trained_together(
-        make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[2.0], max_steps=100, on_end=outcomes.extend,
-        precision="32-true",
-    )  # fmt: skip
     probe = PopulationData(data := Digits(), [0], 16, probe=50).probe()
-    assert len(outcomes) == len(replicas)
-    equal, reached = 0, 0
-    for each in outcomes:
-        alone = steps_alone(each.seed, each.lr, 100, data, probe)
-        reached += each.status == "reached"
-        if each.status == "reached" and alone is not None:
-            equal += (each.steps, each.loss_drop) == (alone[0], pytest.approx(alone[1], abs=1e-3))
-        else:
-            equal += (each.status, alone) == ("not_reached", None)
-    assert reached > 0.8 * len(replicas)
-    assert equal >= 0.99 * len(replicas)
+    alone = {replica: steps_alone(*replica, 100, data, probe) for replica in replicas}
+    for form in (*FORMS, None):
+        outcomes: list[Outcome] = []
+        trained_together(
+            make_cnn, Digits(), replicas, 5000, batch_size=16, targets=[2.0], max_steps=100, on_end=outcomes.extend,
+            precision="32-true", form=form,
+        )  # fmt: skip
+        assert len(outcomes) == len(replicas)
+        equal, reached = 0, 0
+        for each in outcomes:
+            of_it = alone[each.seed, each.lr]
+            reached += each.status == "reached"
+            if each.status == "reached" and of_it is not None:
+                equal += (each.steps, each.loss_drop) == (of_it[0], pytest.approx(of_it[1], abs=1e-3))
+            else:
+                equal += (each.status, of_it) == ("not_reached", None)
+        assert reached > 0.8 * len(replicas)
+        assert equal >= 0.99 * len(replicas)
 
 
 def test_what_diverges_is_noted_and_harms_nobody() -> None:
@@ -244,23 +253,45 @@ class Dropping(LightningModule):
         return loss
 
 
-def test_each_replica_has_its_own_dropout() -> None:
-    seen: list[Tensor] = []
+@both_forms
+def test_each_replica_has_its_own_dropout(form: Form) -> None:
+    sums: list[Tensor] = []
 
     class Noting(Population):
-        def losses(self, *arguments: Any) -> Tensor:
-            seen.append(values := super().losses(*arguments))
-            return values
+        def training_step(self, *arguments: Any) -> Tensor:
+            loss = super().training_step(*arguments)
+            sums.append(self.running_loss)  # after the first step these are its losses
+            return loss
 
     torch.manual_seed(0)
-    population = Noting(lambda seed: Dropping(), [(0, 0.1), (0, 0.2), (0, 0.3)], 4, [1000.0], max_steps=20, extra_steps=3)
+    outcomes: list[Outcome] = []
+    population = Noting(
+        lambda seed: Dropping(), [(0, 1e-9), (0, 1e-9), (0, 1e-9)], 4, [1000.0], max_steps=20, extra_steps=3,
+        on_end=outcomes.extend, form=form,
+    )  # fmt: skip
     Trainer(**quiet(max_epochs=-1)).fit(population, PopulationData(Digits(), [0], 4, probe=20))
-    training = [each for each in seen if each.requires_grad]
-    evaluated = [each for each in seen if not each.requires_grad]
-    assert len(training[0].unique()) > 1  # equal weights, other masks
-    assert len(training) == 13  # the check after ten, and three more
-    assert len(evaluated) >= 2
+    assert len(sums[0].unique()) > 1  # equal weights, other masks
+    assert len(sums) == 13  # the check after ten, and three more
+    assert [each.loss for each in outcomes] == pytest.approx([64.0] * 3, rel=1e-4)  # none in evaluation
     assert population.trainer.should_stop
+
+
+class Both(FormChoice):
+    """Measures in every step, and takes the loop."""
+
+    def of(self, replicas: int, seconds: Callable[[Form, int], float]) -> Form:
+        assert all(seconds(form, number) > 0 for form in FORMS for number in {1, replicas})
+        return "loop"
+
+
+@pytest.mark.parametrize("make", [make_cnn, lambda seed: Dropping()], ids=["cnn5", "dropout"])
+def test_a_measurement_changes_nothing(make: Make) -> None:
+    states: list[dict[str, Tensor]] = []
+    for form in ("loop", Both()):
+        torch.manual_seed(0)
+        together = trained_together(make, Digits(), [(0, 0.02), (1, 0.01)], 5, form=form)
+        states.append(together.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.parametrize("arguments, options, message", [
@@ -269,6 +300,7 @@ def test_each_replica_has_its_own_dropout() -> None:
     ({"batch_size": 0}, {}, "`batch_size=0`"),
     ({"max_steps": 0}, {}, "`max_steps=0`"),
     ({"extra_steps": 0}, {}, "`extra_steps=0`"),
+    ({"form": "vmap"}, {}, "`form='vmap'` must be one of loop, stacked"),
     ({"make": lambda seed: LightningModule()}, {}, r"no `full_loss\(batch\)`"),
     ({}, {"gradient_clip_val": 1.0}, "gradient_clip_val=None"),
     ({}, {"accelerator": "cpu", "devices": 2}, "devices=1"),
@@ -292,13 +324,24 @@ def test_mixed_half_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         )
 
 
-def test_half_precision_trains() -> None:
+@both_forms
+def test_half_precision_trains(form: Form) -> None:
     outcomes: list[Outcome] = []
     trained_together(
         make_cnn, Digits(), [(0, 0.02), (1, 0.02)], 500, targets=[2.1], max_steps=500, on_end=outcomes.extend,
-        precision="bf16-mixed",
+        precision="bf16-mixed", form=form,
     )  # fmt: skip
     assert [each.status for each in outcomes] == ["reached"] * 2
+
+
+def test_in_half_precision_a_looped_replica_is_as_alone() -> None:
+    """Autocast keeps converted weights: those of one replica must not serve the next."""
+    replicas = [(0, 0.02), (1, 0.01)]
+    options: dict[str, Any] = {"precision": "bf16-mixed", "form": "loop"}
+    together = trained_together(make_cnn, Digits(), replicas, 5, **options)
+    for index, replica in enumerate(replicas):
+        alone = trained_together(make_cnn, Digits(), [replica], 5, **options)
+        assert_equal(together, index, alone.replica_state_dict(0), tolerance=0)
 
 
 # --- a mean over something else than examples
@@ -330,9 +373,10 @@ def uneven(empty: bool = False) -> TensorDataset:
     return TensorDataset(x * (torch.arange(4) < lengths))
 
 
-def test_the_running_mean_is_over_terms() -> None:
+@both_forms
+def test_the_running_mean_is_over_terms(form: Form) -> None:
     data, replicas = uneven(), [(0, 0.01), (0, 0.02), (5, 0.01)]
-    population = trained_together(Words, BatchSizeDataModule(data), replicas, 30, 4)
+    population = trained_together(Words, BatchSizeDataModule(data), replicas, 30, 4, form=form)
     order: list[list[list[int]]] = [[], []]
     for steps, seed in zip(order, population.seeds):
         for epoch in range(3):

@@ -36,10 +36,34 @@ def test_each_replica_moves_as_by_adam_alone(betas: tuple[float, float], dtype: 
                 torch.testing.assert_close(each[row], parameter, rtol=tolerance, atol=tolerance)
 
 
-def test_a_parameter_without_gradient_stays() -> None:
+def test_one_replica_after_the_other_moves_the_same() -> None:
+    torch.manual_seed(0)
+    optimizers, weights = [], []
+    for _ in range(2):
+        weights.append([torch.nn.Parameter(torch.ones(len(LRS), *shape)) for shape in ((3, 2), (5,))])
+        optimizers.append(PopulationAdam(weights[-1], torch.tensor(LRS)))
+    for _ in range(3):
+        gradients = [torch.randn_like(each) for each in weights[0]]
+        for each, gradient in zip(weights[0], gradients):
+            each.grad = gradient
+        for row, update in enumerate(optimizers[1].updates()):
+            update([gradient[row] for gradient in gradients])
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(*weights):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert optimizers[1].param_groups[0]["step"] == 3
+
+
+@pytest.mark.parametrize("by_replica", [False, True])
+def test_a_parameter_without_gradient_stays(by_replica: bool) -> None:
     used, unused = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
     optimizer = PopulationAdam([used, unused], torch.tensor([0.1, 0.2]))
-    used.grad = torch.ones(2, 3)
+    if by_replica:
+        for update in optimizer.updates():
+            update([torch.ones(3), None])
+    else:
+        used.grad = torch.ones(2, 3)
     optimizer.step()
     assert bool((unused == 1).all()) and bool((used < 1).all())
 
