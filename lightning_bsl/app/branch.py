@@ -557,7 +557,7 @@ def _report(
         plot_critical_batches([("", found, table)], out / "branches.png")
         files.append("branches.png")
     except (ModuleNotFoundError, OSError, ValueError) as error:  # no matplotlib, or no metrics
-        terminal.print(f"no branches.png: {error}", soft_wrap=True)
+        terminal.print(f"no branches.png: {error}", markup=False, soft_wrap=True)
     terminal.print(f"{out}: {', '.join(files)}", soft_wrap=True)
     for line in _schedule(folder, run, starts, estimates, options):
         terminal.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from hydra.errors import CompactHydraException
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler, plan_fit
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.data.sampler import GlobalBatchSampler
+from lightning_bsl.report import console
 from lightning_bsl.schedules import Plan
 from lightning_bsl.schedules.plan import Measure
 from lightning_bsl.theory import BoundConstants
@@ -42,7 +44,7 @@ def in_short(task: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Res
     def run(cfg: DictConfig) -> Result:
         try:
             return task(cfg)
-        except (ValueError, TypeError, RuntimeError, OSError, OmegaConfBaseException) as error:
+        except (ValueError, TypeError, RuntimeError, OSError, ImportError, OmegaConfBaseException) as error:
             if not _is_refusal(error):
                 raise
             # Hydra would print an error of the configuration a second time
@@ -105,6 +107,19 @@ def make_constants(cfg: DictConfig) -> BoundConstants | None:
     if missing := [name for name, value in constants.items() if value is None]:
         raise ValueError(f"the bound needs all of `constants`; give {', '.join(f'constants.{name}' for name in missing)} too")
     return cast(BoundConstants, instantiate(constants))
+
+
+def draw(path: Path, plot: Callable[[Path], Any]) -> None:
+    """Draw a figure, or say why there is none: matplotlib may be missing.
+
+    Args:
+        path: The file.
+        plot: Draws it.
+    """
+    try:
+        plot(path)
+    except ModuleNotFoundError as error:
+        console().print(f"no {path.name}: {error}", markup=False, soft_wrap=True)
 
 
 @contextmanager

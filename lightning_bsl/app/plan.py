@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.nn import Parameter
 
-from lightning_bsl.app.compose import CONF, in_short, make_constants, make_plan
+from lightning_bsl.app.compose import CONF, draw, in_short, make_constants, make_plan
 from lightning_bsl.callbacks import BatchLRScheduler
 from lightning_bsl.callbacks.constants import FollowingConstants
 from lightning_bsl.report import compare_table, console, megatron_line, plan_table, plot_comparison, plot_plan, theory_table
@@ -41,8 +41,8 @@ def _main(cfg: DictConfig) -> None:
         configs = {name: _with_scheduler(name) for name in cfg.compare}
         plans = {name: _plan(other, instantiate(other.scheduler)) for name, other in configs.items()}
         out.print(compare_table(plans, constants))
-        plot_comparison(plans, folder / "plans.png", constants)
-        out.print(f"{folder}: plans.png", soft_wrap=True)
+        draw(folder / "plans.png", lambda path: plot_comparison(plans, path, constants))
+        _list(folder, "plans.png")
         return
     scheduler = instantiate(cfg.scheduler)
     plan, constants_at = _plan(cfg, scheduler), _constants(cfg, scheduler)
@@ -50,10 +50,15 @@ def _main(cfg: DictConfig) -> None:
     if plan.stages[0].lr is not None:
         out.print(theory_table(plan, constants))
     plan.to_csv(folder / "plan.csv", constants_at)
-    plot_plan(plan, folder / "plan.png", constants)
+    draw(folder / "plan.png", lambda path: plot_plan(plan, path, constants))
     if line := megatron_line(plan):
         out.print(line, soft_wrap=True, highlight=False)
-    out.print(f"{folder}: plan.csv, plan.png", soft_wrap=True)
+    _list(folder, "plan.csv", "plan.png")
+
+
+def _list(folder: Path, *files: str) -> None:
+    if written := [file for file in files if (folder / file).exists()]:
+        console().print(f"{folder}: {', '.join(written)}", soft_wrap=True)
 
 
 def _plan(cfg: DictConfig, scheduler: BatchLRScheduler) -> Plan:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from omegaconf import DictConfig
 
 from lightning_bsl.app.commands import command
-from lightning_bsl.app.compose import CONF, in_short, known_warnings, make_constants, make_plan, make_trainer
+from lightning_bsl.app.compose import CONF, draw, in_short, known_warnings, make_constants, make_plan, make_trainer
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.report import bound_line, console, megatron_line, plan_table, plot_run, run_table
 from lightning_bsl.runs import read_metrics
@@ -98,10 +98,7 @@ def train(cfg: DictConfig) -> float | None:
             out.print(run_table(plan, rows))
         if line := bound_line(rows, record.bounds):
             out.print(line, soft_wrap=True)
-        try:
-            plot_run(rows, folder / "curves.png", record.bounds)
-        except ModuleNotFoundError as error:
-            out.print(f"no curves.png: {error}")
+        draw(folder / "curves.png", lambda path: plot_run(rows, path, record.bounds))
     finish_run(composed, last)
     files = (".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints", FINISHED)
     out.print(f"{folder}: {', '.join(file for file in files if (folder / file).exists())}", soft_wrap=True)

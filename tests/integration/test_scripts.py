@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from harness.files import csv_rows as read
 from harness.processes import Pair
 from lightning_bsl.app.compose import make_plan
 from lightning_bsl.app.train import train
+from lightning_bsl.report.figures import figure_with_axes
 from lightning_bsl.schedules import Progress
 
 NARROW = ("+model.net.width=4", "trainer.enable_progress_bar=false")
@@ -249,6 +251,16 @@ def test_lists_the_files_that_there_are(overrides: tuple[str, ...], files: list[
     # newer Lightnings save last.ckpt in a fast_dev_run too
     assert set(files) <= written and written - set(files) <= {"checkpoints"}
     assert ("val acc" in printed) == ("metrics.csv" in files)
+
+
+@pytest.mark.parametrize("script", ["plan.py", "train.py"])
+def test_without_matplotlib_there_is_no_figure(script: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("train.plot_run", "plan.plot_plan"):
+        monkeypatch.setattr(f"lightning_bsl.app.{name}", lambda *_: figure_with_axes(1, 1, (1, 1)))
+    printed = run(script, *NARROW, "trainer.max_epochs=1", "data.samples_per_epoch=160", folder=tmp_path).out
+    assert "png: figures need matplotlib: pip install 'lightning_bsl[report]'" in printed
+    assert not list(tmp_path.glob("*.png")) and ".png" not in printed.splitlines()[-1]
 
 
 def test_warns_once_of_the_plan(run: Run, tmp_path: Path) -> None:
