@@ -25,7 +25,7 @@ from lightning_bsl.app.commands import command
 from lightning_bsl.app.compose import CONF, in_short
 from lightning_bsl.population import run_grid
 from lightning_bsl.report import console
-from lightning_bsl.runs.folder import changes
+from lightning_bsl.runs.folder import changes, claimed
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="surge_grid")
@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", "You defined a `validation_step`|You passed in a `val_dataloader`")
 
     columns = TextColumn("replicas"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
-    with Progress(*columns, console=console()) as bar:
+    with claimed(folder), Progress(*columns, console=console()) as bar:
         task = bar.add_task("replicas", total=grid.replicas, left="")
         left = time_left(time.monotonic)
         path = folder / "replicas.csv"

@@ -16,7 +16,7 @@ from lightning_bsl.app.compose import CONF, draw, in_short, known_warnings, make
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.report import bound_line, console, megatron_line, plan_table, plot_run, run_table
 from lightning_bsl.runs import read_metrics
-from lightning_bsl.runs.folder import FINISHED, Finished, finish_run, open_run, write_bound
+from lightning_bsl.runs.folder import FINISHED, Finished, claimed, finish_run, open_run, write_bound
 from lightning_bsl.schedules import Plan
 from lightning_bsl.theory import BoundConstants, gradient_norm_bounds
 
@@ -63,12 +63,17 @@ def train(cfg: DictConfig) -> float | None:
         perplexity of a language model, to be minimised. ``None`` where nothing logs it.
 
     Raises:
-        ValueError: Bad configuration, or a folder that holds another run.
+        ValueError: Bad configuration, or a folder that holds another run, or in which another process trains.
     """
     if "grid" in cfg:
         raise ValueError(f"`grid` describes many runs, and this command trains one: {command('bsl-surge-grid')} trains it")
-    out, folder = console(), Path(cfg.output_dir)
-    resume = open_run(cfg)
+    folder = Path(cfg.output_dir)
+    with claimed(folder):
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: Path) -> float | None:
+    out, resume = console(), open_run(cfg)
     if isinstance(resume, Finished):
         out.print(f"{folder}: finished before, not trained again", soft_wrap=True)
         return resume.value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,11 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_bsl.runs.metrics import keep_metrics, merge_metrics
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _CONFIG = ".hydra/run.yaml"
 BOUND = "bound.csv"  # of the full gradient norm along the plan, with columns `samples` and `bound`
@@ -27,6 +33,32 @@ class Finished(NamedTuple):
     """
 
     value: float | None
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder. A process that is killed leaves no claim behind.
+
+    On Windows nothing is claimed.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ValueError: Another process trains in it.
+    """
+    if fcntl is None or getattr(rank_zero_only, "rank", 0) != 0:  # or a process of the one that has claimed it
+        yield
+        return
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    with open(folder / ".hydra" / "lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, which workers that outlive a killed run would keep
+        except OSError:
+            raise ValueError(
+                f"{folder}: another process trains in this folder; wait for its end, or choose another one (hydra.run.dir=DIR)"
+            ) from None
+        yield
 
 
 def open_run(cfg: DictConfig) -> Finished | str | None:
