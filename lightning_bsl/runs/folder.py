@@ -22,6 +22,7 @@ except ModuleNotFoundError:  # Windows
 
 _CONFIG = ".hydra/run.yaml"
 BOUND = "bound.csv"  # of the full gradient norm along the plan, with columns `samples` and `bound`
+LAST = "checkpoints/last.ckpt"  # from which an interrupted run goes on
 FINISHED = "finished.json"  # what a run returned; there once it is finished
 
 
@@ -87,7 +88,7 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
             keep_metrics(folder / "metrics.csv")
         return checkpoint
     config, kept = _trained(cfg), folder / _CONFIG
-    last = folder / "checkpoints" / "last.ckpt"
+    last = folder / LAST
     if not kept.exists() or not (last.exists() or (folder / "metrics.csv").exists()):
         if first_process:
             kept.parent.mkdir(parents=True, exist_ok=True)

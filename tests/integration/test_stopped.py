@@ -1,0 +1,66 @@
+"""Runs that are told to stop save a checkpoint, and the same command goes on from there, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.commands import Run
+from harness.files import csv_rows
+from lightning_bsl.models import Classifier
+
+OPTIONS = ("+model.net.width=4", "trainer.max_epochs=2", "data.samples_per_epoch=160", "scheduler.max_device_batch_size=6",
+           "trainer.log_every_n_steps=1", "~callbacks.training_time", "trainer.enable_progress_bar=false")  # fmt: skip
+
+
+def last(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def logged(folder: Path) -> list[tuple[str, ...]]:
+    """What was logged of each step and each validation; a mean over an epoch is that of its last part, as Lightning has it."""
+    rows = [row for row in csv_rows(folder / "metrics.csv") if not row["train/accuracy"]]
+    return [(row["step"], row["samples"], row["lr"], row["train/loss"], row["val/loss"]) for row in rows]
+
+
+@pytest.mark.quick(number=[signal.SIGTERM], at=[23])
+@pytest.mark.quick(number=[signal.SIGINT], at=[47])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [0, 23, 39, 47])  # batches of an epoch: two for each of 20 steps, then 10 steps of 16 in three
+def test_goes_on_bit_for_bit(number: int, at: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("train.py", *OPTIONS, folder=tmp_path / "whole")
+    seen = []
+
+    def send(self: Classifier, *_: Any) -> None:
+        seen.append(self.global_step)
+        if len(seen) == at + 1:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_before_backward", send)
+        printed = run("train.py", *OPTIONS, folder=tmp_path / "cut", fails=True)
+    assert "last.ckpt: saved; the same command goes on from here" in printed.out
+    assert len(seen) == at + 1 and not (tmp_path / "cut" / "finished.json").exists()  # before the next batch
+    run("train.py", *OPTIONS, folder=tmp_path / "cut")
+    whole, cut = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_stops_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(self: Classifier, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(Classifier, "on_before_backward", twice)
+    printed = run("train.py", *OPTIONS, folder=tmp_path, fails=True)
+    assert "press it again" in printed.out and "last.ckpt" not in printed.out
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
