@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_bsl.runs.metrics import keep_metrics, merge_metrics
@@ -75,7 +76,7 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
         The end of the same run, the checkpoint to resume from, or ``None`` for a start from nothing.
 
     Raises:
-        ValueError: The folder holds a run with another configuration, or the checkpoint does not exist.
+        ValueError: The folder holds a run with another configuration; the checkpoint does not exist, or none is complete.
     """
     checkpoint: str | None = cfg.ckpt_path
     # Lightning finds what is no path
@@ -101,9 +102,21 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
         return Finished(json.loads((folder / FINISHED).read_text())["value"])
     if not last.exists():
         return None
+    checkpoint = str(_complete(last))
     if first_process:
         keep_metrics(folder / "metrics.csv")
-    return str(last)
+    return checkpoint
+
+
+def _complete(last: Path) -> Path:
+    """The last checkpoint; or if it was cut short, as by a full disk, the newest one before it."""
+    others = sorted(set(last.parent.glob("*.ckpt")) - {last}, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in (last, *others):
+        if path.is_dir() or zipfile.is_zipfile(path):  # its table of contents stands at its end
+            if path != last:
+                rank_zero_warn(f"{last} is not complete, so the run goes on from {path.name}")
+            return path
+    raise ValueError(f"{last} is not complete, and there is no other checkpoint: delete it to start the run anew")
 
 
 def changes(before: str, after: str) -> str:

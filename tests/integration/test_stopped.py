@@ -54,6 +54,25 @@ def test_goes_on_bit_for_bit(number: int, at: int, run: Run, tmp_path: Path, mon
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_checkpoint_that_was_cut_short(run: Run, tmp_path: Path) -> None:
+    run("train.py", *OPTIONS, "+callbacks.model_checkpoint.save_top_k=-1", folder=tmp_path)
+    whole, checkpoints = last(tmp_path), tmp_path / "checkpoints"
+    for path in (checkpoints / "last.ckpt", *checkpoints.glob("epoch=1*.ckpt")):
+        path.write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "finished.json").unlink()  # as if the disk had been full
+    with pytest.warns(UserWarning, match=r"last.ckpt is not complete, so the run goes on from epoch=0-step=20.ckpt"):
+        run("train.py", *OPTIONS, "+callbacks.model_checkpoint.save_top_k=-1", folder=tmp_path)
+    assert all(torch.equal(whole[name], value) for name, value in last(tmp_path).items())
+
+    for path in checkpoints.iterdir():
+        path.write_bytes(b"")
+    (tmp_path / "finished.json").unlink()
+    before = (tmp_path / "metrics.csv").read_bytes()
+    printed = run("train.py", *OPTIONS, "+callbacks.model_checkpoint.save_top_k=-1", folder=tmp_path, fails=True)
+    assert "last.ckpt is not complete, and there is no other checkpoint" in printed.both
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
 def test_a_second_interrupt_stops_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(self: Classifier, *_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
