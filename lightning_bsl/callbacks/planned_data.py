@@ -95,7 +95,7 @@ class PlannedData:
             check_tokens(self.lengths, scheduled.order, self.cut, len(flat))
             scheduled.in_tokens = True
         # the batches of later epochs are not drawn yet
-        now = self.clock.epoch_start.epoch
+        now = self._drawn_epoch = self.clock.epoch_start.epoch
         self.measure = scheduled.measure_like(now) if isinstance(scheduled, WholeBatchSampler) else scheduled.measure
         if len(flat) == 1:  # another loader may end the epoch
             scheduled.run_end = self.clock.end.samples
@@ -200,6 +200,7 @@ class PlannedData:
         """The number of micro-batches that the sampler makes."""
         if not self.sampler.divides_itself:
             return self.cut.batches(stretch)
+        stretch = self._drawn(stretch)
         if self.most_batches(stretch.batch_size) == 1:
             return stretch.steps
         return self.sampler.count_batches(stretch, start)
@@ -209,11 +210,18 @@ class PlannedData:
         if not self.sampler.divides_itself:
             yield from self.cut.sizes(stretch)
             return
+        stretch = self._drawn(stretch)
         for examples, number in stretch.kinds():
             for _ in range(number):
                 parts = self.sampler.parts(stretch.start.epoch, start, examples, stretch.batch_size)
                 yield examples, [part_size(part) or self.sampler.spare(stretch.start.epoch, start) for part in parts]
                 start += examples
+
+    def _drawn(self, stretch: Stretch) -> Stretch:
+        """A stretch of a plan, in the epoch whose batches it was planned with."""
+        if self.whole_batches is None:
+            return stretch
+        return replace(stretch, start=stretch.start._replace(epoch=self._drawn_epoch))
 
     def count(self) -> None:
         """Return ``None``: the batches have the planned number of examples."""

@@ -173,6 +173,31 @@ def test_new_loaders_in_each_epoch_and_the_same_few_batches() -> None:
     assert len(batches) == 9 and batches[:3] == batches[3:6] == batches[6:]
 
 
+def test_a_batch_sampler_is_asked_once_an_epoch_as_late_as_a_loader_would() -> None:
+    class Counting(Buckets):
+        asked: list[int] = []  # noqa: RUF012
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Iterator[list[int]]:
+            self.asked.append(self.epoch)
+            return super().__iter__()
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            assert Counting.asked == list(range(trainer.current_epoch + 1))
+
+    model = Regression(nn.BatchNorm1d(4, dtype=torch.float64))
+    loader = DataLoader(DATA, batch_sampler=Counting())  # type: ignore[arg-type]
+    scheduler = BatchLRScheduler(GROWING, 0.05, whole_batches=True)
+    with pytest.raises(MisconfigurationException, match="BatchNorm needs two"):  # the short batches have one example
+        trained(model, loader, scheduler, val_check_interval=2)
+    Counting.asked.clear()
+    trained(Regression(), loader, scheduler, Watch(), val_check_interval=2)
+    assert Counting.asked == [0, 1, 2]
+
+
 def test_the_run_ends_at_max_samples() -> None:
     scheduler = BatchLRScheduler(GROWING, 0.05, whole_batches=True, max_samples=45)
     model = trained(Regression(), bucketed(), scheduler, max_epochs=-1)
