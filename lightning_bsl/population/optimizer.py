@@ -98,11 +98,17 @@ class PopulationAdam(Optimizer):
                     self.state[parameter][name] = moment[rows]
 
 
+def _laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
+    """A gradient in the memory layout of its weight: the kernel reads both as they lie."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
+
+
 @torch.no_grad()
 def _adam(group: Mapping[str, Any], lr: float, tensors: Sequence[Sequence[Tensor]]) -> None:
     """One step for rows of some parameters: for each of them the weights, the gradient and the two moments."""
     for dtype in {of[0].dtype for of in tensors}:
         weights, gradients, first, second = (list(of) for of in zip(*(of for of in tensors if of[0].dtype == dtype)))
+        gradients = [_laid_out(gradient, weight) for gradient, weight in zip(gradients, weights)]
         step = torch.tensor(group["step"] + 1.0, device=weights[0].device)
         # the kernel of Adam(fused=True) itself: what `torch.optim.adam.adam` does around it takes three times as long for small
         # models, and there is a call for each learning rate or replica

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -88,3 +90,23 @@ def test_a_closure_is_called() -> None:
 def test_refusals(lr: torch.Tensor, betas: tuple[float, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PopulationAdam([torch.nn.Parameter(torch.ones(1, 2))], lr, betas)
+
+
+@pytest.mark.parametrize("layout", [lambda g: g, lambda g: g.t().contiguous().t(), lambda g: g[:1].expand(3, 2)])
+def test_gradients_may_lie_in_memory_in_any_way(layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    torch.manual_seed(1)
+    weights = torch.nn.Parameter(torch.ones(2, 3, 2))
+    optimizer = PopulationAdam([weights], torch.tensor([0.1, 0.2]))
+    for _ in range(2):
+        gradient = torch.randn(3, 2)
+        for update in optimizer.updates():
+            update([layout(gradient)])
+        optimizer.step()
+    for row, lr in enumerate((0.1, 0.2)):
+        torch.manual_seed(1)
+        one = torch.nn.Parameter(torch.ones(3, 2))
+        adam = torch.optim.Adam([one], lr=lr)
+        for _ in range(2):
+            one.grad = layout(torch.randn(3, 2)).clone(memory_format=torch.contiguous_format)
+            adam.step()
+        torch.testing.assert_close(weights[row], one, rtol=1e-6, atol=1e-6)
