@@ -78,6 +78,13 @@ def make_plan(cfg: DictConfig, scheduler: BatchLRScheduler, datamodule: Lightnin
     trainer = cfg.trainer
     if trainer.get("fast_dev_run") or (isinstance(scheduler, AdaptiveBatchLRScheduler) and not scheduler.progress.step):
         return None
+    if scheduler.whole_batches:
+        if scheduler.progress.step:
+            return None
+        raise ValueError(
+            f"`scheduler.whole_batches={scheduler.whole_batches}`: the plan follows from the batches of the loader, which are "
+            "drawn when the training begins; leave it out to plan without"
+        )
     tokens_per_sample = getattr(datamodule, "tokens_per_sample", None)
     return plan_fit(
         scheduler.schedule,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import signal
-import threading
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from lightning_bsl.app.commands import command
 from lightning_bsl.app.compose import CONF, draw, in_short, known_warnings, make_constants, make_plan, make_trainer
+from lightning_bsl.app.stop import CheckpointWhenStopped
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.report import bound_line, console, megatron_line, plan_table, plot_run, run_table
 from lightning_bsl.runs import read_metrics
@@ -26,10 +23,7 @@ from lightning_bsl.theory import BoundConstants, gradient_norm_bounds
 
 
 class RunRecord(Callback):
-    """Leaves in a run's folder what its report needs: the plan that is followed, and its bound. If stopped, also a checkpoint.
-
-    SIGTERM, as schedulers of clusters send it, and Ctrl-C stop a run before its next batch. The same command then goes on from
-    there. A second Ctrl-C stops it at once, and with several processes the first one does.
+    """Leaves in a run's folder what its report needs: the plan that is followed, and its bound.
 
     Args:
         scheduler: The scheduler of the run.
@@ -40,43 +34,12 @@ class RunRecord(Callback):
     def __init__(self, scheduler: BatchLRScheduler, folder: Path, constants: BoundConstants | None) -> None:
         self.scheduler, self.folder, self.constants = scheduler, folder, constants
         self.bounds: list[tuple[float, float]] = []  # as of `gradient_norm_bounds`
-        self._stopped = self._trains = self._between = False
-        self._undo = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the plan, which is known now that the data are loaded, and show it."""
         if trainer.is_global_zero and (plan := self.scheduler.plan) is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.write(plan)
             console().print(plan_table(plan, self.scheduler.constants_at))
-        self._trains = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            before = signal.signal(signal.SIGINT, self._stop)
-            self._undo.callback(signal.signal, signal.SIGINT, before)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop here, where every step is whole, after Ctrl-C."""
-        if self._stopped:
-            self._between = True
-            raise KeyboardInterrupt
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save a checkpoint of a run that is stopped between two batches."""
-        self._undo.close()
-        # any other may have come inside a step of the optimizer
-        between = isinstance(exception, SIGTERMException) or self._between
-        if between and self._trains and trainer.checkpoint_callbacks:
-            trainer.save_checkpoint(path := self.folder / LAST)
-            if trainer.is_global_zero:
-                console().print(f"{path}: saved; the same command goes on from here", soft_wrap=True)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C its meaning back."""
-        self._undo.close()
-
-    def _stop(self, number: int, frame: object) -> None:
-        self._stopped = True
-        self._undo.close()  # the next one stops at once
-        console().print("\nCtrl-C: stopping before the next batch; press it again to stop at once and save nothing")
 
     def write(self, plan: Plan) -> None:
         """Write a plan and its bound.
@@ -107,10 +70,7 @@ def train(cfg: DictConfig) -> float | None:
         raise ValueError(f"`grid` describes many runs, and this command trains one: {command('bsl-surge-grid')} trains it")
     folder = Path(cfg.output_dir)
     with claimed(folder):
-        try:
-            return _train(cfg, folder)
-        except SIGTERMException:  # whose exit status is that of a success
-            raise SystemExit(128 + signal.SIGTERM) from None
+        return _train(cfg, folder)
 
 
 def _train(cfg: DictConfig, folder: Path) -> float | None:
@@ -125,7 +85,9 @@ def _train(cfg: DictConfig, folder: Path) -> float | None:
     record = RunRecord(scheduler, folder, make_constants(cfg))
     model = instantiate(cfg.model)
     with known_warnings():
-        trainer = make_trainer(cfg, record, scheduler)  # a checkpoint must be saved before the scheduler ends the fit
+        trainer = make_trainer(cfg, scheduler, record)
+        if trainer.checkpoint_callbacks:
+            trainer.callbacks.append(CheckpointWhenStopped(scheduler, folder / LAST))  # type: ignore[attr-defined]
         trainer.fit(model, datamodule, ckpt_path=resume)
     value = trainer.callback_metrics.get(cfg.dataset.metric)
     last = None if value is None else float(value)

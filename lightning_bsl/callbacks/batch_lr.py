@@ -302,6 +302,7 @@ class BatchLRScheduler(Callback):
         """Add the random generators of every process, so that a resumed run draws the same dropout masks."""
         state = checkpoint["callbacks"][self.state_key]
         state["inside_step"], state["rng"] = self._splitter.under_way, self._start.write(trainer, checkpoint)
+        state["multiple"] = self._fit.multiple
         state["positions"] = self._data.positions(trainer) if self._data is not None else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -471,9 +472,16 @@ class BatchLRScheduler(Callback):
         """Look up the next step and set its learning rate."""
         assert self._data is not None
         clock = self._clock
-        if clock.finished or (self.plan is not None and clock.progress.step >= self.plan.steps):
-            return  # a loader may have more batches than its length says: then the last rate stays
-        self._setting.look_up(self.schedule, clock.progress, self._data.sizes_at())
+        beyond = self.plan is not None and clock.progress.step >= self.plan.steps
+        # a loader may have more batches than its length says: then the last rate stays
+        if clock.finished or (beyond and self._data.whole_batches is None):
+            return
+        try:
+            self._setting.look_up(self.schedule, clock.progress, self._data.sizes_at())
+        except ValueError:
+            if not beyond:
+                raise
+            return  # the batches of later epochs are not planned, and schedules may end with the plan
         self._constants.apply(self.batch_size_of_step)
         if self._rates is not None:
             self._rates.apply(self._setting.value)

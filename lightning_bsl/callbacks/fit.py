@@ -30,7 +30,7 @@ from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.plan import Beside, EpochLength, Measure, check_fits
 from lightning_bsl.schedules.progress import VERY_LONG
 
-VERSION = 4  # format of the state in checkpoints
+VERSION = 5  # format of the state in checkpoints
 
 
 @dataclass(frozen=True)
@@ -223,12 +223,14 @@ class Resumed:
         horizon: Length of the run that saved it, in each unit.
         epoch_ended: Whether Lightning goes on with the next epoch, not with the one in which the checkpoint was saved.
         inside_step: Whether it was saved inside a step, which then starts again.
+        multiple: Of which every batch size was a multiple.
         positions: The position of each process in its stream, if the data are a stream.
     """
 
     horizon: Horizon
     epoch_ended: bool
     inside_step: bool
+    multiple: int = 1
     positions: list[Any] | None = None
 
     @classmethod
@@ -261,7 +263,7 @@ class Resumed:
         states = state["rng"]
         start.restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
         ended = ended_epoch(checkpoint, trainer.max_steps)
-        return cls(Horizon(**state["horizon"]), ended, state["inside_step"], state["positions"])
+        return cls(Horizon(**state["horizon"]), ended, state["inside_step"], state["multiple"], state["positions"])
 
     def go_on(
         self, trainer: Trainer, fit: Fit, data: DataSource, clock: RunClock, schedule: JointSchedule, start: StepStart
@@ -275,7 +277,16 @@ class Resumed:
             clock: The clock of the run.
             schedule: Batch size and learning rate.
             start: Has the states of the random generators.
+
+        Raises:
+            MisconfigurationException: Inside an epoch, batch sizes that are multiples of another number.
         """
+        if self.multiple != fit.multiple and clock.behind:
+            raise MisconfigurationException(
+                f"the checkpoint was saved inside an epoch whose batch sizes were multiples of {self.multiple}; now they are "
+                f"multiples of {fit.multiple}, so the steps of the epoch are others: with `whole_batches` resume with the same "
+                "batches on the same number of processes, or from the end of an epoch"
+            )
         self._warn_of_jump(clock, schedule)
         done = data.batches_done()
         if self.epoch_ended:

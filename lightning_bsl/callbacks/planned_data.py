@@ -77,7 +77,7 @@ class PlannedData:
         # the epoch in which an uninterrupted run would have made these loaders
         made_at = self.asked_at - self.asked_at % asks.every if asks.every else 0
         self.loaders, self.sampler, self.others = self._remade(combined, schedule, made_at)
-        self._planned, self._warned = self.sampler.num_examples, -1
+        self._planned, self._warned = self._number(), -1
         self._batches: list[int] = []  # number of batches of each loader, when Lightning last asked for the loaders
         self.exact = len(self.others) + 1 == len(combined.flattened)
 
@@ -248,14 +248,22 @@ class PlannedData:
         return [len(sampler) for sampler in (self.sampler, *self.others)]
 
     def _warn_if_unplanned(self) -> None:
-        epoch, number = self.clock.loader_start.epoch, self.sampler.num_examples
+        epoch, number = self.clock.loader_start.epoch, self._number()
         if number != self._planned and epoch != self._warned:
             self._warned = epoch
+            what = "training examples" if self.whole_batches is None else "batches"
             rank_zero_warn(
-                f"epoch {epoch} has {number} training examples, but the run was planned with {self._planned} in each epoch. "
+                f"epoch {epoch} has {number} {what}, but the run was planned with {self._planned} in each epoch. "
                 f"Schedules over a fraction of the run, and `estimated_steps`, still count with {self._planned}: write the "
                 "lengths of schedules as ints if this is not what you want"
             )
+
+    def _number(self) -> int:
+        """Examples of the epoch; or its batches, if they stay whole."""
+        sampler = self.sampler
+        if isinstance(sampler, WholeBatchSampler):
+            return len(sampler.batches.ends(self.clock.loader_start.epoch))
+        return sampler.num_examples
 
     def batches_done(self) -> int:
         """The number of trained micro-batches of the epoch, including those of the current step."""

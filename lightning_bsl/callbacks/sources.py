@@ -241,8 +241,9 @@ def _of_whole_batches(
     loader: Any = loaders[0]
     if isinstance(loader, StreamLoader) or isinstance(getattr(loader, "batch_sampler", None), GlobalBatchSampler):
         raise MisconfigurationException(
-            f"{option} is for loaders that keep their batches, but those of a {type(trainer.datamodule).__name__} "  # type: ignore[attr-defined]
-            "follow the schedule: leave it out, and write `max_device_batch_size` to limit a micro-batch"
+            f"{option} is for loaders that keep their batches, but those of this loader follow the schedule, as a "
+            "BatchSizeDataModule or StreamDataModule makes them: leave it out, and write `max_device_batch_size` to limit a "
+            "micro-batch"
         )
     for name, clash in (
         ("batch_size_unit='tokens'", fit.in_tokens),

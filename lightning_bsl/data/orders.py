@@ -89,7 +89,7 @@ class SamplerOrder:
                 self._ask(missed, 0)
             self._epoch, self._passes, self._next = epoch, [], epoch + 1
         while len(self._passes) <= cycle:
-            length = len(self.sampler) if hasattr(self.sampler, "__len__") and not self._passes else None
+            length = None if self._passes else self._announced()
             self._passes.append(self._ask(epoch, len(self._passes)))
             self._check_length(length, len(self._passes[0]), epoch)
             if len(self._passes[-1]) != len(self._passes[0]):
@@ -99,8 +99,13 @@ class SamplerOrder:
                 )
         return self._passes[cycle]
 
-    def _kept(self, index: Any) -> Any:
-        return index
+    def _take(self) -> tuple[list[Any], int]:
+        """What the sampler gives, and the number of examples; it ends with more than ``most``."""
+        indices = list(islice(self.sampler, self.most + 1))
+        return indices, len(indices)
+
+    def _announced(self) -> int | None:
+        return len(self.sampler) if hasattr(self.sampler, "__len__") else None
 
     def _check_length(self, length: int | None, number: int, epoch: int) -> None:
         if length not in (None, number):
@@ -112,8 +117,8 @@ class SamplerOrder:
     def _ask(self, epoch: int, cycle: int) -> list[Any]:
         self._tell(epoch)
         with isolate_rng(), _seeded(self.sampler, [self.seed, epoch, 3, cycle]):
-            indices = list(islice(map(self._kept, self.sampler), self.most + 1))
-        if len(indices) > self.most:
+            indices, number = self._take()
+        if number > self.most:
             raise MisconfigurationException(
                 f"the sampler {type(self.sampler).__name__} gave more than {self.most} examples in epoch {epoch} and seems to "
                 "have no end: let its `__iter__` stop at the end of an epoch"

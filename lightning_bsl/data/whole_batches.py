@@ -23,10 +23,13 @@ class BatchOrder(SamplerOrder):
         first: The first epoch for which it is iterated.
         largest: Largest number of examples of a batch; with more, the batch is refused.
         fixed: Whether every epoch has the batches of epoch 0.
+        most: Largest number of examples of an epoch; with more, the sampler is refused as endless.
     """
 
-    def __init__(self, batches: Any, seed: int, first: int = 0, largest: int = 10**9, fixed: bool = False) -> None:
-        super().__init__(batches, seed, first)
+    def __init__(
+        self, batches: Any, seed: int, first: int = 0, largest: int = 10**9, fixed: bool = False, most: int = 10**7
+    ) -> None:
+        super().__init__(batches, seed, first, most)
         self.largest, self.fixed = largest, fixed
         self._ends: list[int] = []  # of the batches of the current epoch
         self._indices: list[Any] = []
@@ -60,12 +63,19 @@ class BatchOrder(SamplerOrder):
             self._ends, self._indices = list(accumulate(size for size in sizes if size)), list(chain.from_iterable(batches))
         return self._indices
 
-    def _kept(self, index: Any) -> list[Any]:
-        """A copy of a batch: a sampler may fill the same list again and again."""
-        return list(index)
+    def _take(self) -> tuple[list[Any], int]:
+        """Copies of the batches, since a sampler may fill the same list again and again; and the number of examples."""
+        batches: list[Any] = []
+        number = 0
+        for batch in self.sampler:
+            batches.append(list(batch))
+            number += len(batches[-1])
+            if number > self.most:
+                break
+        return batches, number
 
-    def _check_length(self, length: int | None, number: int, epoch: int) -> None:
-        """Accept any ``__len__``: that of a batch sampler is often an estimate, and nothing counts with it."""
+    def _announced(self) -> None:
+        """Ignore ``__len__``: that of a batch sampler is often an estimate, or fails, and nothing counts with it."""
 
     @property
     def _name(self) -> str:
@@ -90,8 +100,11 @@ class WholeBatchSampler(GlobalBatchSampler):
             first: The first epoch for which it is iterated.
             fixed: Whether every epoch has the batches of the first.
         """
-        batches = loader.batch_sampler
-        return batches.batches if isinstance(batches, WholeBatchSampler) else BatchOrder(batches, seed, first, largest, fixed)
+        batches, dataset = loader.batch_sampler, cast(Any, loader.dataset)
+        if isinstance(batches, WholeBatchSampler):
+            return batches.batches
+        most = 100 * len(dataset) + 10**5 if hasattr(dataset, "__len__") else 10**7
+        return BatchOrder(batches, seed, first, largest, fixed, most)
 
     @property
     def batches(self) -> BatchOrder:
@@ -138,10 +151,11 @@ class WholeBatchSampler(GlobalBatchSampler):
 
     def count_batches(self, stretch: Stretch, start: int, cycle: int = 0) -> int:
         """Number of this process's batches in the steps of a stretch."""
-        count = 0
+        count, ends = 0, self.batches.ends(stretch.start.epoch)
         for size, number in stretch.kinds():
             for _ in range(number):
-                count += len(self.parts(stretch.start.epoch, start, size, stretch.batch_size))
+                first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, start + size)
+                count += -(-(last - first + 1) // self.cut.world_size)
                 start += size
         return count
 

@@ -18,6 +18,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    Sampler,
     SequentialSampler,
 )
 
@@ -274,7 +275,7 @@ class Two(LightningDataModule):
     ("message", "data", "scheduler", "trainer"),
     [
         ("`whole_batches=True` with 2 training loaders", Two, {}, {}),
-        ("those of a BatchSizeDataModule follow the schedule", lambda: BatchSizeDataModule(DATA), {}, {}),
+        ("those of this loader follow the schedule", lambda: BatchSizeDataModule(DATA), {}, {}),
         ("`max_device_batch_size=4`: a step is made of", bucketed, {"max_device_batch_size": 4}, {}),
         ("`max_device_batch_size='auto'`: a step is made", bucketed, {"max_device_batch_size": "auto"}, {}),
         ("`accumulate_grad_batches=2`: a step is made", bucketed, {}, {"accumulate_grad_batches": 2}),
@@ -327,3 +328,66 @@ def test_batches_of_a_library_stay_whole(tmp_path: Path) -> None:
         model, _ = run(dropout=True, data=Own(), path=tmp_path / f"step={step}.ckpt", max_epochs=2)
         assert model.journal == [part for part in whole.journal if part.step >= step], step
         assert equal(model, whole)
+
+
+# --- batch samplers that others would not write
+
+
+class Without(Sampler[int]):
+    """Has no length, so that of torch's own BatchSampler over it fails."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(N).tolist())
+
+
+class Later(Buckets):
+    """Has batches of four in the first epoch, and of two in later ones."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([batch.tolist() for batch in torch.arange(N).split(4 if self.epoch == 0 else 2)])
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class Endless(Buckets):
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield from super().__iter__()
+
+
+def test_a_sampler_without_a_length() -> None:
+    model, _ = run(data=DataLoader(DATA, batch_size=M, sampler=Without()), max_epochs=1)
+    assert sorted(i for part in model.journal for i in part.examples) == list(range(N))
+
+
+def test_a_sampler_without_an_end_is_refused_before_memory_runs_out() -> None:
+    with pytest.raises(MisconfigurationException, match="Endless gave more than 106100 examples in epoch 0"):
+        run(data=DataLoader(DATA, batch_sampler=Endless()), max_steps=3)  # type: ignore[arg-type]
+
+
+def test_the_schedule_goes_on_where_later_epochs_have_more_batches() -> None:
+    scheduler = BatchLRScheduler(Milestones([8, 16, 32], at=[4, 20], unit="step"), 0.05, whole_batches=True)
+    with pytest.warns(UserWarning, match="epoch 1 has 31 batches, but the run was planned with 16"):
+        model = trained(Regression(), DataLoader(DATA, batch_sampler=Later()), scheduler)  # type: ignore[arg-type]
+    assert scheduler.plan is not None and len(steps_of(model)) > scheduler.plan.steps
+    assert [len(step) for step in steps_of(model)][-2:] == [4, 7]
+
+
+def resumed_by_two(path: str) -> str:
+    """Resumes inside an epoch a run that one process began."""
+    try:
+        run(path=path, devices=2, strategy="ddp")
+    except MisconfigurationException as error:
+        return str(error)
+    return "resumed"
+
+
+def test_a_resume_on_other_processes_is_refused_inside_an_epoch(pair: Pair, tmp_path: Path) -> None:
+    run(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
+    inside, end = (pair(resumed_by_two, tmp_path / f"step={step}.ckpt") for step in (2, 6))
+    assert all("inside an epoch whose batch sizes were multiples of 4; now they are multiples of 8" in text for text in inside)
+    assert end == ["resumed"] * 2

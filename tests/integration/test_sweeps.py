@@ -16,6 +16,7 @@ from harness.files import ROOT
 from lightning_bsl import AdaptiveBatchLRScheduler
 from lightning_bsl.app.compose import make_plan, make_trainer
 from lightning_bsl.models import NoisyQuadratic
+from lightning_bsl.schedules import Plan
 
 TINY = ("data=quadratic", "data.num_examples=256", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
         "trainer.log_every_n_steps=2")  # fmt: skip
@@ -114,7 +115,7 @@ def test_a_callback_that_is_not_chosen_is_none(run: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.quick(scale=["small"])
-@pytest.mark.parametrize("scale", ["full", "small"])
+@pytest.mark.parametrize("scale", ["full", "medium", "small"])
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_the_runs_of_an_experiment(experiment: str, scale: str) -> None:
     chosen = (f"experiment={experiment}", f"scale={scale}")
@@ -124,7 +125,7 @@ def test_the_runs_of_an_experiment(experiment: str, scale: str) -> None:
     assert params.pop("seed") == ["0", "1", "2"]
     assert params
     ends = [(values[0], values[-1]) for values in params.values()]
-    for values in zip(*ends) if scale == "small" else itertools.product(*ends):
+    for values in zip(*ends) if scale != "full" else itertools.product(*ends):
         given = [f"{name}={value}" for name, value in zip(params, values)]
         cfg = compose_config(*chosen, *given)
         for name, value in zip(params, values):
@@ -139,3 +140,71 @@ def test_the_runs_of_an_experiment(experiment: str, scale: str) -> None:
             continue
         assert plan is not None, given
         assert plan.steps == cfg.trainer.max_steps or plan.epochs == cfg.trainer.max_epochs, given
+
+
+def planned(*overrides: str) -> Plan:
+    """The plan of one run of an experiment."""
+    cfg = compose_config(*overrides)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(gamma|at its maximum).*")
+        plan = make_plan(cfg, instantiate(cfg.scheduler), instantiate(cfg.data))
+    assert plan is not None
+    return plan
+
+
+def rows(plan: Plan) -> list[tuple[int, int, int]]:
+    """Batch size, steps and samples of each stretch of one batch size."""
+    groups = itertools.groupby(plan.stages, lambda stage: stage.batch_size)
+    stages = [(batch_size, list(group)) for batch_size, group in groups]
+    return [(size, sum(stage.steps for stage in group), sum(stage.samples for stage in group)) for size, group in stages]
+
+
+@pytest.mark.parametrize("scheduler", ["increasing_decaying", "increasing_both", "increasing_warmup"])
+def test_batches_grow_late_at_medium_scale(scheduler: str) -> None:
+    chosen = ("experiment=four_cases_tuned", f"scheduler={scheduler}")
+    assert rows(planned(*chosen)) == [(8, 4000, 32_000), (32, 1000, 32_000), (128, 250, 32_000), (512, 65, 32_000)]
+    epochs = [13, 5]  # steps of an epoch of 6,400 examples at 512, and epochs
+    assert epochs[0] * epochs[1] == 65 and epochs[0] >= 10
+    in_steps = rows(planned("experiment=four_cases_in_steps", f"scheduler={scheduler}"))
+    assert [size for size, _, _ in in_steps] == [8, 32, 128, 512]
+    assert [steps for _, steps, _ in in_steps[:3]] == [196] * 3
+    assert in_steps[3][1] == pytest.approx(196, abs=5)
+    assert sum(samples for *_, samples in in_steps) == 128_000
+
+
+@pytest.mark.parametrize("overrides", [
+    ("experiment=four_cases_tuned",), ("experiment=four_cases", "scale=small"), ("experiment=samples_to_accuracy",)
+])  # fmt: skip
+def test_the_rate_of_the_control_falls_as_the_batch_grows(overrides: tuple[str, ...]) -> None:
+    growing = planned(*overrides, "scheduler=increasing", "optimizer.lr=0.1")
+    falling = planned(*overrides, "scheduler=step_decay", "optimizer.lr=0.1")
+    assert len(growing.stages) == len(falling.stages) > 1
+    for grown, fallen in zip(growing.stages, falling.stages):
+        assert grown.samples == fallen.samples
+        assert (grown.lr or 0) / grown.batch_size * growing.stages[0].batch_size == pytest.approx(fallen.lr)
+
+
+def test_the_batch_grows_when_the_authors_does() -> None:
+    chosen = ("experiment=samples_to_accuracy", "scale=medium")
+    assert rows(planned(*chosen, "scheduler=increasing")) == [(128, 500, 64_000), (512, 130, 64_000)]
+    assert rows(planned(*chosen, "scheduler=step_decay")) == rows(planned(*chosen, "scheduler=constant"))
+
+
+def test_late_growth_takes_equal_tokens() -> None:
+    switches = str(compose_config("experiment=late_growth").hydra.sweeper.params["scheduler.batch_size.at"]).split(",")
+    switches = [switches[0], switches[2], switches[-1]]
+    plans = [
+        planned("experiment=late_growth", f"scheduler.batch_size.at={at}", "data.samples_per_epoch=1440") for at in switches
+    ]
+    assert {plan.samples for plan in plans} == {8 * 1440}
+    small = [rows(plan)[0][2] for plan in plans]
+    assert small == sorted(small)
+    assert (small[0], rows(plans[-1])[1][1]) == (8, 1)  # the first step, and all but the last
+
+
+@pytest.mark.parametrize("experiment", ["four_cases_tuned", "four_cases_in_steps"])
+def test_every_scheduler_has_its_tuned_rate(experiment: str) -> None:
+    whole = compose_config(f"experiment={experiment}")
+    for scheduler in str(whole.hydra.sweeper.params.scheduler).split(","):
+        assert compose_config(f"experiment={experiment}", f"scheduler={scheduler}").optimizer.lr == whole.rates[scheduler]
+    assert compose_config(f"experiment={experiment}", "optimizer.lr=0.3").optimizer.lr == 0.3
