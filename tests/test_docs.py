@@ -135,12 +135,16 @@ def name_of(value: object) -> str | None:
 
 
 def composed() -> list[Any]:
-    """The commands of Hydra; by default run as many as it takes to have each override, the others are slow."""
+    """The commands of Hydra; by default run as many as it takes to have each choice and each key, the others are slow."""
     seen: set[str] = set()
     found = []
     for command in COMMANDS:
         if command.script in HYDRA:
-            overrides = {override for run in command.overrides() for override in run}
+            overrides = {
+                override.partition("=")[0] if "." in override.partition("=")[0] else override
+                for run in command.overrides()
+                for override in run
+            }
             found.append(pytest.param(command, marks=() if overrides - seen else pytest.mark.slow))
             seen |= overrides
     return found

@@ -48,7 +48,6 @@ from lightning_bsl.runs.branches import (
     write_branches,
     write_critical_batches,
 )
-from lightning_bsl.runs.folder import claimed
 from lightning_bsl.schedules import Horizon
 from lightning_bsl.schedules.measured import measured_stages
 from lightning_bsl.theory import CriticalBatch, critical_batch_by_branches
@@ -298,9 +297,8 @@ def branch(cfg: DictConfig) -> list[CriticalBatch]:
         if one.samples == other.samples:
             raise ValueError(f"{one.path} and {other.path} are both at {one.samples:,} samples: leave one out")
     datamodule = _data(run, options, starts)
-    with claimed(out):
-        keep_settings(out, _settings(cfg, options))
-        table = _train_missing(run, datamodule, starts, options, out)
+    keep_settings(out, _settings(cfg, options))
+    table = _train_missing(run, datamodule, starts, options, out)
     estimates = [_estimate(table, start, options, cfg) for start in starts]
     _report(folder, out, run, starts, estimates, options)
     return estimates

@@ -54,7 +54,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
         return
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    with open(folder / ".hydra" / "lock", "w") as file:
+    with open(folder / ".hydra" / "lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, which workers that outlive a killed run would keep
         except OSError as error:

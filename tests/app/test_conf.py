@@ -30,6 +30,7 @@ TOGETHER = {
 ROWS = [{group: of[i] for group, of in TOGETHER.items() if i < len(of)} for i in range(max(map(len, TOGETHER.values())))]
 
 
+@pytest.mark.quick(row=ROWS[::2])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row.values()))
 def test_choices_compose_and_instantiate_together(row: dict[str, str], tmp_path: Path) -> None:
     composes_and_instantiates(row, tmp_path)

@@ -219,6 +219,7 @@ def test_refusals() -> None:
         fits.fit(Regression(), [], adaptive(at_steps(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_on_fashion_mnist(tmp_path: Path) -> None:
     scheduler = AdaptiveBatchLRScheduler(

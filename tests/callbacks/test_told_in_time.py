@@ -324,7 +324,7 @@ def test_a_checkpoint_of_the_version_before_is_refused(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "old.ckpt")
     model = Regression()
     with pytest.raises(
-        MisconfigurationException, match=r"another version .*\(format 1; this one reads 4\).*load_from_checkpoint"
+        MisconfigurationException, match=r"another version .*\(format 1; this one reads 5\).*load_from_checkpoint"
     ):
         fit(model, own(DATA), BatchLRScheduler(4), ckpt_path=tmp_path / "old.ckpt", max_epochs=5)
     assert model.journal == []

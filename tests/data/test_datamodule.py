@@ -160,7 +160,7 @@ def test_samples_per_epoch() -> None:
     assert len({frozenset(flat(epoch)) for epoch in model.epochs}) == 3
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_workers_may_be_started_in_another_way(workers: int) -> None:
     dataset = TensorDataset(torch.arange(5))
     loader = BatchSizeDataModule(

@@ -868,7 +868,7 @@ LIBRARIES = [
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot go to a position", "ignore:.*set_vital", "ignore::FutureWarning")
-@pytest.mark.quick(workers=[0])
+@pytest.mark.quick(workers=[0], name=list(LIBRARIES)[::2])
 @pytest.mark.quick(workers=[2], name=["litdata", "datasets loader"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", LIBRARIES)

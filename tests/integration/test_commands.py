@@ -169,7 +169,7 @@ def test_every_command_is_tried(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("commands", [
-    [narrow, plan, multirun, report, application],
+    pytest.param([narrow, plan, multirun, report, application], marks=pytest.mark.slow),
     pytest.param([train, branch, search, surge_grid, surge_report], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_after_another(commands: list[Callable[[Path], tuple[list[str], Check]]], installed: Path, tmp_path: Path) -> None:

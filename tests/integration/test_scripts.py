@@ -62,7 +62,8 @@ def check_as_planned(plan: Path, run: Path, overrides: tuple[str, ...], num_exam
 @pytest.mark.parametrize("overrides", [
     pytest.param(("scheduler=increasing_both", "trainer.max_epochs=4"), marks=pytest.mark.slow),
     pytest.param(("scheduler=increasing_decaying", "scheduler/lr=diminishing", "trainer.max_epochs=3"), marks=pytest.mark.slow),
-    ("scheduler=increasing_decaying", "scheduler/lr=polynomial", "scheduler/batch_size=polynomial", "trainer.max_epochs=4"),
+    pytest.param(("scheduler=increasing_decaying", "scheduler/lr=polynomial", "scheduler/batch_size=polynomial",
+                  "trainer.max_epochs=4"), marks=pytest.mark.slow),
     ("scheduler.batch_size.unit=samples", "scheduler.batch_size.every=1000", "scheduler.lr.unit=step",
      "trainer.max_epochs=-1", "trainer.max_steps=200"),
     ("trainer.limit_train_batches=0.3", "trainer.max_epochs=5"),
@@ -168,6 +169,7 @@ def test_two_processes(launched_by: str, pair: Pair, tmp_path: Path) -> None:
     assert float(rows[-1]["samples"]) == 3 * 144
 
 
+@pytest.mark.slow
 def test_sweep_of_the_four_cases(run: Run, tmp_path: Path) -> None:
     run("train.py", "-m", "scheduler=constant_decaying,increasing_decaying,increasing_both,increasing_warmup",
         "trainer.max_epochs=2", "data.samples_per_epoch=160", *NARROW, folder=tmp_path / "sweep")  # fmt: skip

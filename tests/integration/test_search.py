@@ -40,6 +40,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, when: Callable[[NoisyQuadratic], 
     monkeypatch.setattr(NoisyQuadratic, "on_train_epoch_start", stop)
 
 
+@pytest.mark.slow
 def test_goes_on_with_more_trials(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     run("search.py", *TINY, "search.trials=2", folder=folder)
@@ -111,7 +112,7 @@ def test_leaves_out_what_is_refused(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("overrides, message", [
     (("search.b_0=[512]", "dataset.max_batch_size=4096"), "no trial counts, of 2; the last, trial_001: "),
     pytest.param(("search.eta_0=[1e30,1e35]",), "train/loss", marks=pytest.mark.slow),
-    (("logger=none", "dataset.metric=val/nothing"), "no val/nothing was logged"),
+    pytest.param(("logger=none", "dataset.metric=val/nothing"), "no val/nothing was logged", marks=pytest.mark.slow),
     (("trainer=ddp_cpu",), "trainer.devices=1"),
     pytest.param(("scheduler=constant",), "scheduler.batch_size.factor", marks=pytest.mark.slow),
 ])  # fmt: skip

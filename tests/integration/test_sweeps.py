@@ -41,6 +41,7 @@ def test_jobs_of_a_cluster_compose() -> None:
     assert cfg.hydra.launcher.gpus_per_node == 1
 
 
+@pytest.mark.slow  # `test_stopped.py` has a run that goes on
 def test_an_interrupted_sweep_goes_on(run: Run, tmp_path: Path) -> None:
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
     overrides = ("-m", "data=quadratic", "data.num_examples=256", "seed=0,1,2", "scheduler=increasing",
@@ -114,7 +115,8 @@ def test_a_callback_that_is_not_chosen_is_none(run: Run, tmp_path: Path) -> None
     assert "FullGradientNorm" not in names
 
 
-@pytest.mark.quick(scale=["small"])
+@pytest.mark.quick(scale=["small"], experiment=SWEEPS[::2])
+@pytest.mark.quick(scale=["medium"], experiment=["four_cases_tuned", "lr_growth"])
 @pytest.mark.parametrize("scale", ["full", "medium", "small"])
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_the_runs_of_an_experiment(experiment: str, scale: str) -> None:

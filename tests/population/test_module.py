@@ -89,7 +89,7 @@ def assert_equal(population: Population, index: int, state: dict[str, Tensor], t
 # gradient's smallest entries, deep networks are chaotic: 1e-12 after one step grows tenfold with each.
 @pytest.mark.parametrize("overrides, lr", [
     (CNN, 0.002),
-    ((*CNN, SIGN), 0.002),
+    pytest.param((*CNN, SIGN), 0.002, marks=pytest.mark.slow),
     (("data=pydoc", "model=gpt_tiny", "optimizer=adam", "data.block_size=16"), 0.002),
     pytest.param(
         ("data=pydoc", "model=gpt_tiny", "optimizer=adam", SIGN, "data.block_size=16"), 0.0001, marks=pytest.mark.slow
@@ -184,7 +184,8 @@ def steps_alone(seed: int, lr: float, most: int, data: Digits, probe: Any) -> tu
     raise AssertionError
 
 
-@pytest.mark.parametrize("seeds", [2, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 25])
 def test_steps_to_the_target_are_those_of_plain_loops(seeds: int) -> None:
     replicas = [(seed, lr) for lr in (0.02, 0.015, 0.01, 0.008) for seed in range(seeds)]
     probe = PopulationData(data := Digits(), [0], 16, probe=50).probe()
