@@ -18,7 +18,7 @@ from lightning_bsl.report import console
 class CheckpointWhenStopped(Checkpoint):
     """Saves a checkpoint after SIGTERM, as schedulers of clusters send it, and after Ctrl-C, and ends the run.
 
-    The run ends with the step under way, after the callbacks have seen it. If that is the last one of an epoch, it ends with the
+    The run ends with the step under way, after the callbacks have seen it. If that is the last of an epoch, it ends with the
     first one of the next epoch. Several processes end after the same step. A second Ctrl-C ends the run at once.
 
     Args:
