@@ -21,7 +21,7 @@ from lightning_bsl.schedules import JointSchedule, Progress
 from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.functions import Function
 
-LEAST_CHUNK, MOST_CHUNK = 128, 2048  # examples that a worker reads at once
+LEAST_CHUNK, MOST_CHUNK = 128, 4096  # examples that a worker reads at once
 LEAST_CHUNKS = 4  # for each worker, where a library divides them
 
 
