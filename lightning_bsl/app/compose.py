@@ -57,8 +57,7 @@ def _is_refusal(error: Exception) -> bool:
     """Whether the settings are refused: by this package, by the configuration, or by the Trainer."""
     if isinstance(error, (OmegaConfBaseException, MisconfigurationException)):
         return True
-    frames = traceback.walk_tb(error.__traceback__)
-    *_, (last, _) = frames
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
     return str(last.f_globals.get("__name__")).startswith("lightning_bsl.")
 
 
@@ -127,6 +126,17 @@ def draw(path: Path, plot: Callable[[Path], Any]) -> None:
         plot(path)
     except ModuleNotFoundError as error:
         console().print(f"no {path.name}: {error}", markup=False, soft_wrap=True)
+
+
+def list_files(folder: Path, *files: str) -> None:
+    """Print which files a command has left in a folder.
+
+    Args:
+        folder: The folder.
+        files: Those that it may have left.
+    """
+    if written := [file for file in files if (folder / file).exists()]:
+        console().print(f"{folder}: {', '.join(written)}", soft_wrap=True)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.nn import Parameter
 
-from lightning_bsl.app.compose import CONF, draw, in_short, make_constants, make_plan
+from lightning_bsl.app.compose import CONF, draw, in_short, list_files, make_constants, make_plan
 from lightning_bsl.callbacks import BatchLRScheduler
 from lightning_bsl.callbacks.constants import FollowingConstants
 from lightning_bsl.report import compare_table, console, megatron_line, plan_table, plot_comparison, plot_plan, theory_table
@@ -42,7 +42,7 @@ def _main(cfg: DictConfig) -> None:
         plans = {name: _plan(other, instantiate(other.scheduler)) for name, other in configs.items()}
         out.print(compare_table(plans, constants))
         draw(folder / "plans.png", lambda path: plot_comparison(plans, path, constants))
-        _list(folder, "plans.png")
+        list_files(folder, "plans.png")
         return
     scheduler = instantiate(cfg.scheduler)
     plan, constants_at = _plan(cfg, scheduler), _constants(cfg, scheduler)
@@ -53,12 +53,7 @@ def _main(cfg: DictConfig) -> None:
     draw(folder / "plan.png", lambda path: plot_plan(plan, path, constants))
     if line := megatron_line(plan):
         out.print(line, soft_wrap=True, highlight=False)
-    _list(folder, "plan.csv", "plan.png")
-
-
-def _list(folder: Path, *files: str) -> None:
-    if written := [file for file in files if (folder / file).exists()]:
-        console().print(f"{folder}: {', '.join(written)}", soft_wrap=True)
+    list_files(folder, "plan.csv", "plan.png")
 
 
 def _plan(cfg: DictConfig, scheduler: BatchLRScheduler) -> Plan:

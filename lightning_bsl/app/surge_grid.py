@@ -86,8 +86,10 @@ def time_left(clock: Callable[[], float]) -> Callable[[int, int], str]:
     first: list[tuple[float, int]] = []
 
     def left(done: int, of: int) -> str:
-        first.append((now := clock(), done))
-        (begin, before), *_ = first
+        now = clock()
+        if not first:
+            first.append((now, done))
+        ((begin, before),) = first
         if done in (before, of):
             return ""
         seconds = (now - begin) / (done - before) * (of - done)

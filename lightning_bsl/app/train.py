@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from omegaconf import DictConfig
 
 from lightning_bsl.app.commands import command
-from lightning_bsl.app.compose import CONF, draw, in_short, known_warnings, make_constants, make_plan, make_trainer
+from lightning_bsl.app.compose import CONF, draw, in_short, known_warnings, list_files, make_constants, make_plan, make_trainer
 from lightning_bsl.app.stop import CheckpointWhenStopped
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.report import bound_line, console, megatron_line, plan_table, plot_run, run_table
@@ -108,8 +108,7 @@ def _train(cfg: DictConfig, folder: Path) -> float | None:
             out.print(line, soft_wrap=True)
         draw(folder / "curves.png", lambda path: plot_run(rows, path, record.bounds))
     finish_run(composed, last)
-    files = (".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints", FINISHED)
-    out.print(f"{folder}: {', '.join(file for file in files if (folder / file).exists())}", soft_wrap=True)
+    list_files(folder, ".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints", FINISHED)
     return last
 
 

@@ -317,7 +317,11 @@ class MemoryCeiling(StepSplitter):
         """Begin a step, as one micro-batch."""
         self.cut, self._lengths = replace(self.cut, max_device_batch_size=None), parts.longest
         self._shares = parts.counts if self.cut.world_size > 1 else ()
-        super().begin(examples, batch_size, Parts(self._pieces(self.cut.rank)) if self._shares else _BY_NUMBER)
+        super().begin(examples, batch_size, self._parts())
+
+    def _parts(self, size: int | None = None) -> Parts:
+        """This process's micro-batches of at most ``size`` examples."""
+        return Parts(self._pieces(self.cut.rank, size)) if self._shares else _BY_NUMBER
 
     def _pieces(self, rank: int, size: int | None = None) -> tuple[slice, ...]:
         """The micro-batches of at most ``size`` examples of process ``rank``."""
@@ -463,8 +467,7 @@ class MemoryCeiling(StepSplitter):
     def _train(self, batch: Any, size: int, train: Train, trial: bool = False) -> Tensor | None:
         """Train the step in micro-batches of ``size``, or try the largest one; return the mean loss of what was trained."""
         self.cut = replace(self.cut, max_device_batch_size=size or None)
-        parts = Parts(self._pieces(self.cut.rank, size)) if self._shares else _BY_NUMBER
-        super().begin(self.examples, self.examples, parts)
+        super().begin(self.examples, self.examples, self._parts(size))
         first = self.pieces[0].start
         share = self.pieces[-1].stop - first
         loss: Tensor | None = None

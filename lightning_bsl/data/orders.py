@@ -91,7 +91,11 @@ class SamplerOrder:
         while len(self._passes) <= cycle:
             length = None if self._passes else self._announced()
             self._passes.append(self._ask(epoch, len(self._passes)))
-            self._check_length(length, len(self._passes[0]), epoch)
+            if length not in (None, len(self._passes[0])):
+                raise MisconfigurationException(
+                    f"the sampler {type(self.sampler).__name__} has a `__len__` of {length}, but gave {len(self._passes[0])} "
+                    f"examples in epoch {epoch}: correct its `__len__`, or leave it out"
+                )
             if len(self._passes[-1]) != len(self._passes[0]):
                 raise MisconfigurationException(
                     f"the sampler {type(self.sampler).__name__} gave {len(self._passes[0])} examples, and then "
@@ -106,13 +110,6 @@ class SamplerOrder:
 
     def _announced(self) -> int | None:
         return len(self.sampler) if hasattr(self.sampler, "__len__") else None
-
-    def _check_length(self, length: int | None, number: int, epoch: int) -> None:
-        if length not in (None, number):
-            raise MisconfigurationException(
-                f"the sampler {type(self.sampler).__name__} has a `__len__` of {length}, but gave {number} examples in epoch "
-                f"{epoch}: correct its `__len__`, or leave it out"
-            )
 
     def _ask(self, epoch: int, cycle: int) -> list[Any]:
         self._tell(epoch)

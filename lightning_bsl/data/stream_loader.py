@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bsl.data.batches import joined, pinned, sliced
 from lightning_bsl.data.datamodule import data_parallel
-from lightning_bsl.data.sampler import Cut, part_size, share_of
+from lightning_bsl.data.sampler import Cut, even_parts, part_size, share_of
 from lightning_bsl.data.stream import StreamReader, plain_mark
 from lightning_bsl.schedules import JointSchedule, Progress
 from lightning_bsl.schedules.checks import check_whole
@@ -199,10 +199,8 @@ class StreamLoader:
         mine = sizes[self.cut.rank]
         if self.whole_batches is None:
             most = max(map(sum, sizes))
-            number = -(-most // (self.cut.max_device_batch_size or most))
-            stops = [i * sum(mine) // number for i in range(number + 1)]
-        else:
-            stops = [0, *accumulate(mine)] + [sum(mine)] * (max(map(len, sizes)) - len(mine))
+            return even_parts(0, sum(mine), -(-most // (self.cut.max_device_batch_size or most)))
+        stops = [0, *accumulate(mine)] + [sum(mine)] * (max(map(len, sizes)) - len(mine))
         return tuple(slice(start, stop) for start, stop in pairwise(stops))
 
     def _taken(self, wanted: int) -> tuple[deque[Any], list[list[int]]]:

@@ -49,7 +49,7 @@ class BatchOrder(SamplerOrder):
         Raises:
             MisconfigurationException: There is no batch, or a batch with more than ``largest`` examples.
         """
-        batches, epoch = cast(list[Any], self._passes), 0 if self.fixed else epoch
+        epoch = 0 if self.fixed else epoch
         if epoch != self._epoch:
             batches = super().__call__(epoch)
             sizes = [len(batch) for batch in batches]
@@ -141,8 +141,7 @@ class WholeBatchSampler(GlobalBatchSampler):
 
     def _take(self, epoch: int, start: int, batch_size: int) -> int:
         ends = self.batches.ends(epoch)
-        first = bisect.bisect_right(ends, start)
-        last = first + self.most_batches(batch_size) * self.cut.world_size - 1
+        last = _at(ends, start) + self.most_batches(batch_size) * self.cut.world_size - 1
         return ends[min(last, len(ends) - 1)] - start
 
     def most_batches(self, examples: int) -> int:
@@ -154,15 +153,14 @@ class WholeBatchSampler(GlobalBatchSampler):
         count, ends = 0, self.batches.ends(stretch.start.epoch)
         for size, number in stretch.kinds():
             for _ in range(number):
-                first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, start + size)
-                count += -(-(last - first + 1) // self.cut.world_size)
+                count += -(-len(_within(ends, start, start + size)) // self.cut.world_size)
                 start += size
         return count
 
     def spare(self, epoch: int, start: int) -> int:
         """The examples of the step's first batch."""
         ends = self.batches.ends(epoch)
-        return ends[bisect.bisect_right(ends, start)] - start
+        return ends[_at(ends, start)] - start
 
     def parts(self, epoch: int, start: int, examples: int, batch_size: int, cycle: int = 0) -> list[Any]:
         """This process's batches of a step, as slices of the step; the last batch of a run may be cut.
@@ -170,9 +168,18 @@ class WholeBatchSampler(GlobalBatchSampler):
         Every process has the same number of them. The last ones may be empty.
         """
         ends, stop = self.batches.ends(epoch), start + examples
-        first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, stop)
-        stops = [0, *(min(end, stop) - start for end in ends[first : last + 1])]
+        stops = [0, *(min(ends[i], stop) - start for i in _within(ends, start, stop))]
         parts = [slice(*pair) for pair in pairwise(stops)]
         processes = self.cut.world_size
         parts += [slice(examples, examples)] * (-len(parts) % processes)
         return parts[self.cut.rank :: processes]
+
+
+def _at(ends: list[int], start: int) -> int:
+    """Index of the batch that begins after the first ``start`` examples."""
+    return bisect.bisect_right(ends, start)
+
+
+def _within(ends: list[int], start: int, stop: int) -> range:
+    """Indices of the batches that hold the examples from ``start`` to ``stop``."""
+    return range(_at(ends, start), bisect.bisect_left(ends, stop) + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import re
 import zipfile
@@ -57,14 +56,12 @@ def claimed(folder: Path) -> Iterator[None]:
     with open(folder / ".hydra" / "lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, which workers that outlive a killed run would keep
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without such locks
-                rank_zero_warn(f"{folder} cannot be claimed ({error}): do not start the same command there a second time")
-                yield
-                return
+        except (BlockingIOError, PermissionError):
             raise ValueError(
                 f"{folder}: another process trains in this folder; wait for its end, or choose another one (hydra.run.dir=DIR)"
             ) from None
+        except OSError as error:  # a file system without such locks
+            rank_zero_warn(f"{folder} cannot be claimed ({error}): do not start the same command there a second time")
         yield
 
 

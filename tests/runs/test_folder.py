@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
+
+import pytest
 
 from harness.commands import Run
 from lightning_bsl.runs.folder import claimed
@@ -63,3 +66,12 @@ def test_a_run_in_a_claimed_folder_is_refused_before_it_writes(run: Run, tmp_pat
     assert "another process trains in this folder" in printed
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".hydra", "train.log"}
     assert not (tmp_path / "run" / ".hydra" / "run.yaml").exists()
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("lightning_bsl.runs.folder.fcntl.lockf", lockf)
+    with pytest.warns(UserWarning, match="cannot be claimed .*No locks available"), claimed(tmp_path):
+        pass
