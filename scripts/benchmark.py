@@ -111,7 +111,7 @@ def data(arguments: argparse.Namespace) -> list[Bound]:
         ("fashion_mnist", FashionMNIST, arguments.fashion_mnist_root, _torchvision_fashion_mnist),
         ("cifar", CIFAR10, arguments.cifar10_root, _torchvision_cifar10),
     ):
-        images = _training_set(kind, root, arguments.toy)
+        images = training_set(kind, root, arguments.toy)
         theirs = torchvision_set(images)
         for batch_size in TOY_BATCH_SIZES if arguments.toy else BATCH_SIZES:
             candidates = {"ours": partial(_ours, _datamodule(kind, images, batch_size))}
@@ -139,7 +139,7 @@ def data(arguments: argparse.Namespace) -> list[Bound]:
 _PIPELINES = ("ours", "bare", "torchvision 0", "torchvision 2")  # the figures: worker processes
 
 
-def _training_set(kind: type[ImageDataModule], root: str | None, toy: bool = False) -> ImageTensors:
+def training_set(kind: type[ImageDataModule], root: str | None, toy: bool = False) -> ImageTensors:
     """Return the real training set, or random bytes of the same shape; a few images of it for a toy."""
     if root is not None:
         images, labels = kind(root).read("train")
@@ -150,7 +150,7 @@ def _training_set(kind: type[ImageDataModule], root: str | None, toy: bool = Fal
 
 
 def _datamodule(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
-    datamodule = _datamodule_of(kind, images, batch_size)
+    datamodule = datamodule_of(kind, images, batch_size)
     trainer: Any = SimpleNamespace(training=True, current_epoch=0, distributed_sampler_kwargs=None, overfit_batches=0)
     datamodule.trainer = trainer  # all that the DataModule asks of one
     return datamodule
@@ -272,7 +272,7 @@ def callback(arguments: argparse.Namespace) -> list[Bound]:
         (digits, Classifier, 1.02),
         (digits, _Counting, 1.03),
     ):
-        datamodule = _datamodule_of(kind, _training_set(kind, None, arguments.toy), batch_size)
+        datamodule = datamodule_of(kind, training_set(kind, None, arguments.toy), batch_size)
         scheduler = BatchLRScheduler(batch_size, 0.1)
         with_it, without = _seconds_per_block(datamodule, block, blocks * arguments.rounds, scheduler, make=model)
         ratio = median(one / other for one, other in zip(with_it, without, strict=True))
@@ -284,7 +284,7 @@ def callback(arguments: argparse.Namespace) -> list[Bound]:
     return bounds
 
 
-def _datamodule_of(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
+def datamodule_of(kind: type[ImageDataModule], images: ImageTensors, batch_size: int) -> ImageDataModule:
     datamodule = kind(batch_size=batch_size)
     datamodule.train_set = datamodule.val_set = images
     datamodule.prepare_data = lambda: None  # type: ignore[method-assign]  # no files are looked for
@@ -382,7 +382,7 @@ def _random_images(toy: bool) -> ImageTensors:
 
 
 def _gaps_of_ours(images: ImageTensors, schedule: Milestones) -> list[float]:
-    datamodule = _datamodule_of(FashionMNIST, images, int(schedule.values[0]))
+    datamodule = datamodule_of(FashionMNIST, images, int(schedule.values[0]))
     datamodule.num_workers = 2
     return _gaps(datamodule, len(schedule.values), callbacks=[BatchLRScheduler(schedule)])
 
@@ -458,7 +458,7 @@ def noise_scale(arguments: argparse.Namespace) -> list[Bound]:
     ):
         if arguments.toy:
             batch_size, cap, block, blocks = min(batch_size // 2, 8), cap and 4, min(block, 10), 2
-        datamodule = _datamodule_of(kind, _training_set(kind, None, arguments.toy), batch_size)
+        datamodule = datamodule_of(kind, training_set(kind, None, arguments.toy), batch_size)
         scheduler = BatchLRScheduler(batch_size, 0.1, max_device_batch_size=cap)
         measuring = GradientNoiseScale(probe_every=None if cap else block)
         with_it, without = _seconds_per_block(datamodule, block, blocks * arguments.rounds, measuring, scheduler)
@@ -624,7 +624,7 @@ def gradient_norm(arguments: argparse.Namespace) -> list[Bound]:
         bounds.append(Bound("gradient_norm/fashion_mnist/torchvision_over_ours", found["ours"] / found["torchvision"], 3))
 
     measuring.compare = compare
-    datamodule = _datamodule_of(FashionMNIST, images, 32 if arguments.toy else 128)
+    datamodule = datamodule_of(FashionMNIST, images, 32 if arguments.toy else 128)
     torch.manual_seed(0)
     Trainer(
         accelerator="cpu",
@@ -683,7 +683,7 @@ def train(arguments: argparse.Namespace) -> list[Bound]:
     """Compare runs with a batch that doubles every epoch and a full gradient norm after each; nothing is validated."""
     if arguments.toy:
         arguments.images, arguments.epochs, arguments.width = TOY_IMAGES, 2, 2
-    images = _training_set(FashionMNIST, arguments.fashion_mnist_root, arguments.toy)
+    images = training_set(FashionMNIST, arguments.fashion_mnist_root, arguments.toy)
     images = ImageTensors(images.images[: arguments.images], images.labels[: arguments.images])
     device = torch.device("cuda" if arguments.gpu else "cpu")
     sizes = [(8 if arguments.toy else 128) * 2**epoch for epoch in range(arguments.epochs)]
@@ -769,22 +769,22 @@ def population(arguments: argparse.Namespace) -> list[Bound]:
     widths, batch_sizes, seconds = arguments.width, arguments.batch_sizes, arguments.seconds
     if arguments.toy:
         arguments.replicas, widths, batch_sizes, seconds = 2, [2], [1, 12], 0.01
-    images = _training_set(FashionMNIST, arguments.fashion_mnist_root, arguments.toy)
+    images = training_set(FashionMNIST, arguments.fashion_mnist_root, arguments.toy)
     device = torch.device("cuda" if arguments.gpu else "cpu")
     jobs = 1 if arguments.gpu else usable_cores()
     for width, batch_size in itertools.product(widths, batch_sizes):
-        data = _datamodule_of(FashionMNIST, images, batch_size)
-        replicas = min(arguments.replicas, jobs * fitting(_adam_model(width), data, batch_size, device))
-        bare = partial(_bare_rate, width, batch_size, device, seconds)
+        data = datamodule_of(FashionMNIST, images, batch_size)
+        replicas = min(arguments.replicas, jobs * fitting(adam_model(width), data, batch_size, device))
+        bare = partial(bare_rate, width, batch_size, device, seconds)
         candidates = {
-            "stacked": partial(bare, _stacked_step, replicas, torch.get_num_threads(), 1),
+            "stacked": partial(bare, stacked_step, replicas, torch.get_num_threads(), 1),
             "loop": partial(bare, _loop_step, -(-replicas // jobs), 1, jobs),
             "alone": partial(_alone_rate, data, arguments, width, seconds),
         }
         floor = max(candidate() for candidate in candidates.values())
         steps = max(5, int(4 * seconds * floor / replicas))
         said: list[str] = []
-        candidates["grid"] = partial(_grid_rate, data, arguments, width, batch_size, steps, replicas, said.append)
+        candidates["grid"] = partial(grid_rate, data, arguments, width, batch_size, steps, replicas, said.append)
         measured = [{name: candidate() for name, candidate in candidates.items()} for _ in range(arguments.rounds)]
         of_floor = median(rates["grid"] / max(rates["stacked"], rates["loop"]) for rates in measured)
         of_alone = median(rates["grid"] / rates["alone"] for rates in measured)
@@ -806,15 +806,15 @@ def population(arguments: argparse.Namespace) -> list[Bound]:
     return bounds
 
 
-_QUIET: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+QUIET: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
-def _adam_model(width: int, seed: int = 0) -> Classifier:
+def adam_model(width: int, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     return Classifier(cnn5(width=width), 10, partial(torch.optim.Adam, lr=0.001))
 
 
-def _stacked_step(width: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
+def stacked_step(width: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
     """A step of all replicas at once."""
     nets = [cnn5(width=width).to(x.device) for _ in x]
     parameters, _ = stack_module_state(nets)
@@ -843,7 +843,7 @@ def _loop_step(width: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any
     return step
 
 
-def _bare_rate(
+def bare_rate(
     width: int,
     batch_size: int,
     device: torch.device,
@@ -887,7 +887,7 @@ def _bare_rate(
     return rate
 
 
-def _grid_rate(
+def grid_rate(
     data: ImageDataModule,
     arguments: argparse.Namespace,
     width: int,
@@ -908,23 +908,23 @@ def _grid_rate(
     trainer = partial(_trainer_of, arguments)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        run_grid(grid, partial(_adam_model, width), data, Path(folder) / "replicas.csv", trainer, say=say)
+        run_grid(grid, partial(adam_model, width), data, Path(folder) / "replicas.csv", trainer, say=say)
     return grid.replicas * steps / (time.perf_counter() - begin)
 
 
 def _trainer_of(arguments: argparse.Namespace, **options: Any) -> Trainer:
-    return Trainer(accelerator="gpu" if arguments.gpu else "cpu", devices=1, max_epochs=-1, **_QUIET, **options)
+    return Trainer(accelerator="gpu" if arguments.gpu else "cpu", devices=1, max_epochs=-1, **QUIET, **options)
 
 
 def _alone_rate(data: ImageDataModule, arguments: argparse.Namespace, width: int, seconds: float) -> float:
     """Steps per second of a run by itself, in the same time as the others."""
     trainer = _trainer_of(arguments, max_time=timedelta(seconds=max(seconds, 0.2)), limit_val_batches=0)
     begin = time.perf_counter()
-    trainer.fit(_adam_model(width), data)
+    trainer.fit(adam_model(width), data)
     return trainer.global_step / (time.perf_counter() - begin)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return number
@@ -932,7 +932,7 @@ def _positive(text: str) -> int:
 
 def _add_common(parser: argparse.ArgumentParser, rounds: Any, toy: Any) -> None:
     """What may stand before the subject or after it."""
-    parser.add_argument("--rounds", type=_positive, default=rounds, help="measurements of each candidate; 5 by default")
+    parser.add_argument("--rounds", type=positive, default=rounds, help="measurements of each candidate; 5 by default")
     parser.add_argument("--toy", action="store_true", default=toy, help="as small as can be, to see whether it runs")
 
 

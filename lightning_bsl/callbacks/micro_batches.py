@@ -528,7 +528,9 @@ def halved_to_fit(size: int, attempt: Callable[[int], T], undo: Callable[[], Non
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that a device or the host is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
+    # libraries have messages of their own, where they find no memory for a handle
+    no_handle = any(f"{library}_STATUS_ALLOC_FAILED" in str(error) for library in ("CUBLAS", "CUDNN"))
+    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error) or no_handle
 
 
 def cut(batch: Any, start: int, count: int, share: int) -> Any:

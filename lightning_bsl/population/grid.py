@@ -40,8 +40,11 @@ class Grid:
         lrs: Learning rates.
         seeds: Seeds, one for each round; an int n means 0 to n - 1.
         targets: Losses to reach.
-        max_examples: Number of examples after which a replica stops.
+        max_examples: Number of examples after which a replica stops; with ``added_steps``, the E of a limit of E / B +
+            ``added_steps`` steps. So the limit has the form of the steps to a loss, S = E_min / B + S_min (McCandlish et al.
+            2018, arXiv 1812.06162), and is as far from them at small batch sizes as at large ones.
         extra_steps: Steps after each target over which the drop of the loss is measured.
+        added_steps: Steps that a replica may take beside those of ``max_examples``.
         probe: Number of examples on which losses are compared with the targets.
         betas: The betas of Adam.
         eps: The eps of Adam.
@@ -62,6 +65,7 @@ class Grid:
     targets: Sequence[float]
     max_examples: int
     extra_steps: int = 10
+    added_steps: int = 0
     probe: int = 100
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -77,11 +81,20 @@ class Grid:
         for name in ("max_examples", "extra_steps", "probe", "replicas_per_pass"):
             value = getattr(self, name)
             check_whole(name, value, or_none=True)
-        if self.max_examples < max(self.batch_sizes):
+        check_whole("added_steps", self.added_steps, least=0)
+        if not self.max_steps(max(self.batch_sizes)):
             raise ValueError(
                 f"`max_examples={self.max_examples}` does not make one batch of {max(self.batch_sizes)}: write "
                 f"{max(self.batch_sizes)} or more"
             )
+
+    def max_steps(self, batch_size: int) -> int:
+        """The number of steps after which a replica stops.
+
+        Args:
+            batch_size: B, in examples.
+        """
+        return self.max_examples // batch_size + self.added_steps
 
     @property
     def replicas(self) -> int:
@@ -333,7 +346,7 @@ class _Train:
             replicas,
             batch_size,
             grid.targets,
-            max_steps=grid.max_examples // batch_size,
+            max_steps=grid.max_steps(batch_size),
             extra_steps=grid.extra_steps,
             betas=grid.betas,
             eps=grid.eps,

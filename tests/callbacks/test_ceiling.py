@@ -22,7 +22,7 @@ from harness.fits import fit, out_of_memory
 from harness.loops import train_by_hand, whole_steps
 from harness.modules import Regression, assert_close, equal
 from lightning_bsl import BatchLRScheduler
-from lightning_bsl.callbacks.micro_batches import cut
+from lightning_bsl.callbacks.micro_batches import cut, is_out_of_memory
 from lightning_bsl.schedules import Milestones
 
 DATA = regression(61)
@@ -148,6 +148,15 @@ def test_resume_knows_what_was_found(tmp_path: Path) -> None:
         go(resumed, "auto", ckpt_path=tmp_path / f"step={step}.ckpt")
         assert resumed.failures == ([20, 10] if step < 4 else [])
         assert equal(resumed, whole)
+
+
+@pytest.mark.parametrize("message, known", [
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+    ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", False),
+])  # fmt: skip
+def test_libraries_name_a_lack_of_memory_in_their_own_words(message: str, known: bool) -> None:
+    assert is_out_of_memory(RuntimeError(message)) == known
 
 
 def test_what_is_no_lack_of_memory_is_raised() -> None:

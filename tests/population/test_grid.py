@@ -356,6 +356,12 @@ def test_larger_models_and_batches_train_fewer_at_once() -> None:
     assert number(1024, 1) < 8  # 1 GB with gradients and moments
 
 
+def test_replicas_give_up_after_the_added_steps_too(tmp_path: Path) -> None:
+    limits = {"targets": [1e-9], "lrs": [0.01], "max_examples": 40, "added_steps": 2}
+    found = trained(tmp_path / "r.csv", **limits, batch_sizes=[8, 64], seeds=1)  # 64 examples are more than 40
+    assert [(each.batch_size, each.status, each.steps) for each in found] == [(8, "not_reached", 7), (64, "not_reached", 2)]
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"batch_sizes": []}, "`batch_sizes=.*at least one value"),
     ({"lrs": [0.1, 0.1]}, "`lrs=.*none twice"),
@@ -364,6 +370,7 @@ def test_larger_models_and_batches_train_fewer_at_once() -> None:
     ({"seeds": 0}, "`seeds="),
     ({"max_examples": 10}, "`max_examples=10` does not make one batch of 16"),
     ({"extra_steps": 0}, "`extra_steps=0`"),
+    ({"added_steps": -1}, "`added_steps=-1`"),
     ({"replicas_per_pass": 0}, "`replicas_per_pass=0`"),
 ])  # fmt: skip
 def test_refusals(changes: dict[str, Any], message: str) -> None:
