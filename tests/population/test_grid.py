@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import time
 from collections import Counter
@@ -30,6 +32,7 @@ from lightning_bsl.datasets import Digits
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Grid, Outcome, Population, read_outcomes, run_grid
 from lightning_bsl.population.grid import _Pass, _Passes, fitting
+from lightning_bsl.population.workers import keep_freed_memory
 
 pytestmark = pytest.mark.xdist_group("grid")  # which is trained once
 GRID: dict[str, Any] = {
@@ -214,6 +217,31 @@ def test_what_happens_in_a_worker_is_raised(
     assert error is killed or "in broken" in str(caught.value.__cause__)  # the traceback of the worker
     assert not multiprocessing.active_children()
     assert sorted(map(str, trained(path, form="loop", **FEW))) == sorted(map(str, few))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_that_was_freed_is_not_mapped_again() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):  # of 64 MiB each, above what glibc keeps
+            torch.ones(1 << 24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        torch.ones(1 << 24)
+        told.put(faults())
+        keep_freed_memory()
+        torch.ones(1 << 24)
+        told.put(faults())
+
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    process = context.Process(target=child)
+    process.start()
+    process.join()
+    without, with_it = told.get(), told.get()
+    assert with_it < without / 10
 
 
 def test_an_interruption_ends_the_workers(few: list[Outcome], tmp_path: Path) -> None:
