@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from lightning_bsl.app.compose import CONF, in_short, make_plan
 from lightning_bsl.app.train import train
 from lightning_bsl.report import console
 from lightning_bsl.runs.folder import changes
+from lightning_bsl.schedules.checks import check_whole, is_length
 
 try:
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.study import StudyDirection
     from optuna.trial import TrialState
+    from sqlalchemy.exc import SQLAlchemyError  # which Optuna needs
 except ModuleNotFoundError as missing:
     if missing.name != "optuna":
         raise
@@ -49,9 +52,7 @@ def main(cfg: DictConfig) -> float:
         raise ValueError(f"trainer.devices={cfg.trainer.devices}: the trainings of a search have one device, trainer.devices=1")
     folder, fixed, ranges = Path(cfg.output_dir), _fixed_overrides(), _ranges(cfg.search)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=cfg.search.storage, study_name=cfg.search.study, direction=DIRECTIONS[cfg.search.direction], load_if_exists=True
-    )
+    study = _study(cfg.search)
     config = OmegaConf.to_yaml(compose("train", fixed))
     before = study.user_attrs.get("config")
     if before is None:
@@ -74,6 +75,17 @@ def main(cfg: DictConfig) -> float:
     return _report(study, cfg.dataset.metric, fixed)
 
 
+def _study(search: DictConfig) -> optuna.Study:
+    """The study, begun or gone on with."""
+    direction = DIRECTIONS[search.direction]
+    try:
+        return optuna.create_study(storage=search.storage, study_name=search.study, direction=direction, load_if_exists=True)
+    except (SQLAlchemyError, ImportError) as error:
+        raise ValueError(
+            f"`search.storage={search.storage!r}` cannot be opened ({error}): write the URL of a data base, such as sqlite:///FILE"
+        ) from error
+
+
 def _fixed_overrides() -> list[str]:
     """What the command line says of all the trainings."""
     overrides = [
@@ -87,7 +99,7 @@ def _fixed_overrides() -> list[str]:
 
 
 def _ranges(search: DictConfig) -> dict[str, BaseDistribution]:
-    b_0, delta, exponent, every, eta_0 = (list(search[name]) for name in NAMES)
+    b_0, delta, exponent, every, eta_0 = _checked(search)
     length = IntDistribution if all(isinstance(end, int) for end in every) else FloatDistribution
     distributions: tuple[BaseDistribution, ...] = (
         CategoricalDistribution(b_0),
@@ -97,6 +109,52 @@ def _ranges(search: DictConfig) -> dict[str, BaseDistribution]:
         FloatDistribution(eta_0[0], eta_0[1], log=True),
     )
     return dict(zip(NAMES, distributions))
+
+
+def _checked(search: DictConfig) -> list[list[Any]]:
+    """The ranges, in the order of their names.
+
+    Raises:
+        ValueError: One of them, or another setting of the search, is missing or cannot be right.
+    """
+    settings = OmegaConf.to_container(search, resolve=True, throw_on_missing=True)
+    assert isinstance(settings, dict)
+    names = ("trials", "study", "storage", "direction", "seed", *NAMES)
+    for name in map(str, settings):
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            raise ValueError(
+                f"`search.{name}` is no setting of a search: write {f'search.{near[0]}' if near else ', '.join(names)}"
+            )
+    for name in names:
+        if name not in settings:
+            raise ValueError(f"`search.{name}` is missing: write search.{name}=VALUE")
+    check_whole("search.trials", settings["trials"])
+    check_whole("search.seed", settings["seed"], least=0)
+    for name in ("study", "storage"):
+        if not isinstance(settings[name], str) or not settings[name]:
+            raise ValueError(f"`search.{name}={settings[name]!r}` must be a text: write a name, or the URL of a data base")
+    if str(settings["direction"]) not in DIRECTIONS:
+        raise ValueError(f"`search.direction={settings['direction']!r}`: write {' or '.join(DIRECTIONS)}")
+    values = settings["b_0"]
+    if not (isinstance(values, list) and values and all(type(value) is int and value >= 1 for value in values)):
+        raise ValueError(f"`search.b_0={values!r}` must be a list of batch sizes, each a whole number from 1 on")
+    for name, what, fits in (
+        ("delta", "finite numbers above 0", lambda end: 0 < end < math.inf),
+        ("exponent", "finite numbers", math.isfinite),
+        ("every", "lengths, both whole numbers from 1 on or both fractions below 1", is_length),
+        ("eta_0", "finite numbers above 0", lambda end: 0 < end < math.inf),
+    ):
+        ends = settings[name]
+        if not (
+            isinstance(ends, list)
+            and len(ends) == 2
+            and all(type(end) in (int, float) and fits(end) for end in ends)
+            and ends[0] <= ends[1]
+            and (name != "every" or type(ends[0]) is type(ends[1]))
+        ):
+            raise ValueError(f"`search.{name}={ends!r}` must be two {what}, the smaller one first: write [FROM, TO]")
+    return [settings[name] for name in NAMES]
 
 
 def _schedule(params: dict[str, Any]) -> dict[str, str]:

@@ -19,7 +19,8 @@ class CheckpointWhenStopped(Checkpoint):
     """Saves a checkpoint after SIGTERM, as schedulers of clusters send it, and after Ctrl-C, and ends the run.
 
     The run ends with the step under way, after the callbacks have seen it. If that is the last of an epoch, it ends with the
-    first one of the next epoch. Several processes end after the same step. A second Ctrl-C ends the run at once.
+    first one of the next epoch. Several processes end after the same step. A second Ctrl-C, or one after SIGTERM, ends the run
+    at once.
 
     Args:
         scheduler: The scheduler of the run.
@@ -76,7 +77,7 @@ class CheckpointWhenStopped(Checkpoint):
         self._undo.close()
 
     def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
+        if number == signal.SIGINT and self._signal:
             raise KeyboardInterrupt
         self._signal = number
         if number == signal.SIGINT:

@@ -26,6 +26,7 @@ from lightning_bsl.app.compose import CONF, in_short
 from lightning_bsl.population import run_grid
 from lightning_bsl.report import console
 from lightning_bsl.runs.folder import changes, claimed
+from lightning_bsl.schedules.files import written_whole
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="surge_grid")
@@ -127,4 +128,6 @@ def _check_same(cfg: DictConfig, folder: Path) -> None:
     if path.exists() and path.read_text() != text:
         raise ValueError(f"{folder} holds another grid ({changes(path.read_text(), text)}); choose another hydra.run.dir=DIR")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    if not path.exists():
+        with written_whole(path) as unfinished:
+            unfinished.write_text(text)

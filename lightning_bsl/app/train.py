@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 
 from lightning_bsl.app.commands import command
 from lightning_bsl.app.compose import CONF, draw, in_short, known_warnings, list_files, make_constants, make_plan, make_trainer
+from lightning_bsl.app.saving import save_whole
 from lightning_bsl.app.stop import CheckpointWhenStopped
 from lightning_bsl.callbacks import AdaptiveBatchLRScheduler, BatchLRScheduler
 from lightning_bsl.report import bound_line, console, megatron_line, plan_table, plot_run, run_table
 from lightning_bsl.runs import read_metrics
 from lightning_bsl.runs.folder import FINISHED, LAST, Finished, claimed, finish_run, open_run, write_bound
+from lightning_bsl.runs.metrics import merge_metrics
 from lightning_bsl.schedules import Plan
+from lightning_bsl.schedules.files import written_whole
 from lightning_bsl.theory import BoundConstants, gradient_norm_bounds
 
 
@@ -47,7 +56,8 @@ class RunRecord(Callback):
         Args:
             plan: The plan.
         """
-        plan.to_csv(self.folder / "plan.csv", self.scheduler.constants_at)
+        with written_whole(self.folder / "plan.csv") as path:
+            plan.to_csv(path, self.scheduler.constants_at)
         if self.constants is not None:
             self.bounds = gradient_norm_bounds(plan, self.constants)
             write_bound(self.folder, self.bounds)
@@ -86,9 +96,10 @@ def _train(cfg: DictConfig, folder: Path) -> float | None:
     model = instantiate(cfg.model)
     with known_warnings():
         trainer = make_trainer(cfg, scheduler, record)
+        save_whole(trainer)
         if trainer.checkpoint_callbacks:
             trainer.callbacks.append(CheckpointWhenStopped(scheduler, folder / LAST))  # type: ignore[attr-defined]
-        trainer.fit(model, datamodule, ckpt_path=resume)
+        trainer.fit(model, datamodule, ckpt_path=resume, **only_data(resume, trainer.fit))  # type: ignore[arg-type]
     value = trainer.callback_metrics.get(cfg.dataset.metric)
     last = None if value is None else float(value)
     if not trainer.is_global_zero:
@@ -98,6 +109,8 @@ def _train(cfg: DictConfig, folder: Path) -> float | None:
         record.write(plan)
         if line := megatron_line(plan):
             out.print(line, soft_wrap=True, highlight=False)
+    if not cfg.trainer.get("fast_dev_run"):
+        merge_metrics(folder / "metrics.csv")  # now, since a run that was interrupted at its end logs nothing more
     if (folder / "metrics.csv").exists():
         rows = read_metrics(folder / "metrics.csv")
         if last is None:  # a run that was interrupted after its last step has nothing left to log
@@ -106,10 +119,43 @@ def _train(cfg: DictConfig, folder: Path) -> float | None:
             out.print(run_table(plan, rows))
         if line := bound_line(rows, record.bounds):
             out.print(line, soft_wrap=True)
-        draw(folder / "curves.png", lambda path: plot_run(rows, path, record.bounds))
+        draw(folder / "curves.png", lambda path: _plot_whole(rows, path, record.bounds))
     finish_run(composed, last)
     list_files(folder, ".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints", FINISHED)
     return last
+
+
+def _plot_whole(rows: Any, path: Path, bounds: list[tuple[float, float]]) -> None:
+    with written_whole(path) as unfinished:
+        plot_run(rows, unfinished, bounds)
+
+
+def only_data(checkpoint: str | None, fit: Callable[..., Any]) -> dict[str, bool]:
+    """Let a checkpoint run no code: Lightning before 2.6, and PyTorch before 2.6, call what a checkpoint names.
+
+    Args:
+        checkpoint: What is resumed from, if anything.
+        fit: That of the Trainer.
+
+    Returns:
+        Further arguments of ``fit``.
+
+    Raises:
+        ValueError: The checkpoint holds something else than tensors, numbers and text.
+    """
+    if checkpoint is None:
+        return {}
+    if Path(checkpoint).is_file():
+        try:
+            torch.load(checkpoint, map_location="meta", mmap=zipfile.is_zipfile(checkpoint), weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = re.search(r"(Unsupported|GLOBAL|Trying)[^.\n]*\.[^.\n ]*", str(error))
+            raise ValueError(
+                f"{checkpoint} holds more than tensors, numbers and text ({reason[0] if reason else 'it is no checkpoint'}), "
+                "and such a checkpoint can run code: give another one, or, if you trust it, allow the class with "
+                "torch.serialization.add_safe_globals"
+            ) from error
+    return {"weights_only": True} if "weights_only" in inspect.signature(fit).parameters else {}
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")

@@ -55,7 +55,9 @@ def subfolders(folder: Path) -> list[Path]:
     return [path for path, is_folder in _entries(folder) if is_folder]
 
 
-def files_below(folder: Path, skip: Iterable[Path] = ()) -> Iterator[Path]:
+def files_below(
+    folder: Path, skip: Iterable[Path] = (), is_data: Callable[[Path], bool] = lambda path: False
+) -> Iterator[Path]:
     """Yield the files in a folder and in all folders below it, sorted, without hidden ones.
 
     Links are followed, but for those to a folder that holds the link.
@@ -63,10 +65,12 @@ def files_below(folder: Path, skip: Iterable[Path] = ()) -> Iterator[Path]:
     Args:
         folder: The folder.
         skip: Folders to leave out.
+        is_data: Whether a path has the name of a file of the data set.
 
     Raises:
         OSError: A folder cannot be read.
-        ValueError: A link leads nowhere, or there is something that is no file: a pipe, a device.
+        ValueError: A link leads nowhere, there is something that is no file (a pipe, a device), or there is a folder without
+            files which has the name of a file.
     """
     skipped = {path.resolve() for path in skip}
 
@@ -75,10 +79,15 @@ def files_below(folder: Path, skip: Iterable[Path] = ()) -> Iterator[Path]:
         if real in above or real in skipped:
             return
         for entry, is_folder in _entries(path):
-            if is_folder:
-                yield from walk(entry, (*above, real))
-            else:
+            if not is_folder:
                 yield entry
+                continue
+            empty = True
+            for file in walk(entry, (*above, real)):
+                empty = False
+                yield file
+            if empty and is_data(entry):
+                raise ValueError(f"{shown(entry)} is a folder without files: bring the file of this name, or remove the folder")
 
     yield from walk(folder, tuple(folder.resolve().parents))
 
@@ -133,9 +142,21 @@ def listing(names: Iterable[str], most: int = 5) -> str:
 
 def cannot_read(path: Path, error: OSError) -> PermissionError:
     """The error to raise where reading is not allowed."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
     return PermissionError(
-        f"{shown(path)} cannot be read ({error.strerror}): give yourself the right with `chmod -R u+rX`, or ask its owner"
+        f"{shown(path)} cannot be read ({reason}): give yourself the right with `chmod -R u+rX`, or ask its owner"
     )
+
+
+@contextmanager
+def permitted() -> Iterator[None]:
+    """Where the system forbids to read something, raise an error that names it and says what to do."""
+    try:
+        yield
+    except PermissionError as error:
+        if error.filename is None:  # it is such an error already
+            raise
+        raise cannot_read(Path(os.fsdecode(error.filename)), error) from error
 
 
 @contextmanager
@@ -165,12 +186,16 @@ def broken(path: Path, problem: object, remedy: str = _AGAIN) -> OSError | Value
         .parquet is no Parquet file; it is a web page (HTML), as a failed download leaves one: remove it and download it, or
         copy it, again
     """
+    try:
+        told = _told_by_start(path)
+    except OSError as error:
+        problem, told = error, None
     if isinstance(problem, PermissionError):
         return cannot_read(path, problem)
     if isinstance(problem, BaseException):
         text = " ".join(str(problem).split()) or type(problem).__name__
         problem = f"cannot be read ({text if len(text) <= 300 else text[:300] + '...'})"
-    return ValueError(f"{shown(path)} {problem}; {_told_by_start(path) or remedy}")
+    return ValueError(f"{shown(path)} {problem}; {told or remedy}")
 
 
 def is_pointer(start: bytes) -> bool:

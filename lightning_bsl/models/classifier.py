@@ -33,6 +33,9 @@ class Classifier(LightningModule):
         channels_last: Whether to keep weights and images in channels-last memory order, which makes convolutions faster on CPUs
             and recent GPUs.
 
+    Raises:
+        ValueError: At the start of a fit: fewer classes than the data say they have.
+
     Example:
         >>> from lightning_bsl.models import Classifier, cnn5
         >>> model = Classifier(cnn5(), num_classes=10)
@@ -51,6 +54,7 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         self.net = net
+        self.num_classes = num_classes
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self._make_optimizer = optimizer
         self._compile = compile
@@ -65,6 +69,15 @@ class Classifier(LightningModule):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.test_loss = MeanMetric(nan_strategy="disable")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+
+    def setup(self, stage: str) -> None:
+        """Check that there are as many classes as in the data, where those say how many they have."""
+        number = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if isinstance(number, int) and number > self.num_classes:
+            raise ValueError(
+                f"the data have {number} classes, but the model has `num_classes={self.num_classes}`: write "
+                f"`num_classes={number}`"
+            )
 
     def configure_model(self) -> None:
         """Set memory order and compilation, before the optimizer is made. A second call changes nothing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,13 @@ from lightning_bsl.population.forms import Form, FormChoice
 from lightning_bsl.population.module import Loss, Outcome, Population
 from lightning_bsl.population.workers import Workers, start_method, usable_cores
 from lightning_bsl.schedules.checks import check_whole
+from lightning_bsl.schedules.files import append_whole, written_whole
 
 # a CPU is fastest with replicas that take about 64 MiB together, near the size of its caches;
 # a pass has at least 8 replicas, if they take no more than 1 GiB
 _CPU_BYTES = 64 << 20
 _LEAST, _CPU_MOST = 8, 1 << 30
+_LARGEST = 1e300  # a rate or a loss: sums of larger numbers are infinite
 _log = logging.getLogger(__name__)
 _PARSE: dict[str, Callable[[str], Any]] = {"seed": int, "batch_size": int, "steps": int, "examples": int, "extra_steps": int}
 
@@ -108,7 +109,7 @@ class Grid:
 
 
 def read_outcomes(path: str | Path) -> list[Outcome]:
-    """Read ``replicas.csv``. Incomplete lines, as an interruption may leave them, are skipped.
+    """Read ``replicas.csv``. Incomplete lines, as an interruption may leave them, and numbers that no grid has are skipped.
 
     Args:
         path: The file.
@@ -124,10 +125,12 @@ def read_outcomes(path: str | Path) -> list[Outcome]:
         return []
     outcomes = []
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
+        for row in csv.DictReader(line for line in file if line.endswith("\n")):  # half of the last number is a number
             try:
                 values = {name: _PARSE.get(name, str if name == "status" else float)(row[name]) for name in Outcome._fields}
             except (TypeError, ValueError, KeyError):
+                continue
+            if not (0 < values["lr"] < _LARGEST and 0 < values["target"] < _LARGEST and values["batch_size"] > 0):
                 continue
             outcomes.append(Outcome(**values))
     return outcomes
@@ -200,23 +203,22 @@ def run_grid(
     if device.type != "cpu" and (jobs or 1) > 1:
         raise ValueError(f"`jobs={jobs}`: the passes of a {device.type} device run one after the other; write jobs=1")
     said: set[tuple[int, Form]] = set()
-    with path.open("ab", buffering=0) as file:
 
-        def tell(news: list[Outcome] | _Chosen) -> None:
-            if isinstance(news, list):
-                file.write(_lines(news))  # in one write, so that a kill can leave at most one incomplete line
-                outcomes.extend(news)
-                done.add((news[0].batch_size, news[0].seed, news[0].lr))
-                progress(len(done & wanted), grid.replicas)
-            elif (news.batch_size, news.form) not in said:  # the other workers measure it, too
-                said.add((news.batch_size, news.form))
-                say(str(news))
+    def tell(news: list[Outcome] | _Chosen) -> None:
+        if isinstance(news, list):
+            append_whole(path, _lines(news))  # a kill can leave at most one incomplete line
+            outcomes.extend(news)
+            done.add((news[0].batch_size, news[0].seed, news[0].lr))
+            progress(len(done & wanted), grid.replicas)
+        elif (news.batch_size, news.form) not in said:  # the other workers measure it, too
+            said.add((news.batch_size, news.form))
+            say(str(news))
 
-        progress(len(done & wanted), grid.replicas)
-        train = _Train(grid, make, datamodule, trainer, form)
-        most = 1 if device.type != "cpu" else min(jobs or usable_cores(), len(wanted - done))
-        passes = _Passes(grid, done, lambda batch_size: fitting(make(grid.rounds[0]), datamodule, batch_size, device), most)
-        _run(passes, train, tell, most, jobs is not None)
+    progress(len(done & wanted), grid.replicas)
+    train = _Train(grid, make, datamodule, trainer, form)
+    most = 1 if device.type != "cpu" else min(jobs or usable_cores(), len(wanted - done))
+    passes = _Passes(grid, done, lambda batch_size: fitting(make(grid.rounds[0]), datamodule, batch_size, device), most)
+    _run(passes, train, tell, most, jobs is not None)
     return outcomes
 
 
@@ -431,6 +433,5 @@ def _lines(outcomes: Sequence[Outcome]) -> bytes:
 def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Write the file again, without incomplete lines and replicas."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes((",".join(Outcome._fields) + "\n").encode() + _lines(outcomes))
-    os.replace(temporary, path)
+    with written_whole(path) as unfinished:
+        unfinished.write_bytes((",".join(Outcome._fields) + "\n").encode() + _lines(outcomes))

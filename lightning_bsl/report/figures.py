@@ -159,7 +159,9 @@ def figure_with_axes(rows: int, columns: int, size: tuple[float, float]) -> tupl
 def save_small(figure: Any, file: Path, columns: int = 2, fontsize: int = 8) -> None:
     """Write a small figure, with a legend above its axes if something in them has a name."""
     if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper center", ncols=columns, fontsize=fontsize, frameon=False)
+        legend = figure.legend(loc="outside upper center", ncols=columns, fontsize=fontsize, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name with dollars is no formula
     figure.savefig(file, dpi=190)
 
 

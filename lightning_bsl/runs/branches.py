@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lightning_bsl.runs.folder import changes
+from lightning_bsl.runs.metrics import check_is_file, one_line
+from lightning_bsl.schedules.files import written_whole
 
 BRANCHES = "branches.csv"  # a line for each measured loss
 CRITICAL = "critical_batches.csv"  # a line for each checkpoint
@@ -69,7 +73,8 @@ def keep_settings(folder: Path, settings: str) -> None:
             f"output_dir=DIR, or delete {BRANCHES} there"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(settings)
+    with written_whole(kept) as path:
+        path.write_text(settings)
 
 
 def write_critical_batches(folder: Path, table: Any) -> None:
@@ -77,20 +82,34 @@ def write_critical_batches(folder: Path, table: Any) -> None:
     _replace(folder / CRITICAL, table)
 
 
-def read_critical_batches(folder: Path) -> Any:
+def read_critical_batches(folder: Path, strict: bool = False) -> Any:
     """The critical batch sizes of a run, in the order of its samples; ``None`` where the folder has none that can be read.
+
+    Args:
+        folder: Of the run.
+        strict: Whether to raise an error where there is a file that cannot be read.
+
+    Raises:
+        ValueError: There is such a file, and ``strict``; the message names it.
 
     Returns:
         A table with the columns ``samples`` (of the run), ``batch_size`` (of the run there), ``critical``, ``low``, ``high``
         and ``at_least`` (whether the critical batch size is ``critical`` or more), all in examples but the last.
     """
+    file = folder / CRITICAL
     try:
-        table = pd.read_csv(folder / CRITICAL)[list(_CRITICAL_COLUMNS)].sort_values("samples")
-        return None if table.empty else table.astype(dict.fromkeys(_CRITICAL_COLUMNS[:-1], float) | {"at_least": bool})
-    except (OSError, ValueError, KeyError):
+        check_is_file(file)
+        table = pd.read_csv(file, index_col=False)[list(_CRITICAL_COLUMNS)].sort_values("samples")
+        table = table.astype(dict.fromkeys(_CRITICAL_COLUMNS[:-1], float) | {"at_least": bool})
+        if table.empty or not (table[["samples", "batch_size", "critical"]].abs() < math.inf).all(axis=None):
+            raise ValueError("no rows, or values that are not finite")
+        return table
+    except (OSError, ValueError, KeyError) as error:
+        if strict and os.path.lexists(file):
+            raise ValueError(f"{CRITICAL} cannot be read ({one_line(error)}); remove it, or run bsl-branch again") from error
         return None
 
 
 def _replace(path: Path, table: Any) -> None:
-    table.to_csv(path.with_suffix(".tmp"), index=False, na_rep="nan")
-    path.with_suffix(".tmp").replace(path)
+    with written_whole(path) as unfinished:
+        table.to_csv(unfinished, index=False, na_rep="nan")

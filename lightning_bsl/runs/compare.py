@@ -17,6 +17,7 @@ from scipy import stats
 from lightning_bsl.runs.find import METRICS, Curve, Group, Run
 from lightning_bsl.runs.folder import BOUND
 from lightning_bsl.runs.logs import AXES
+from lightning_bsl.runs.metrics import read_numbers
 from lightning_bsl.theory import LEVEL
 
 Seeded = tuple[int | None, float]
@@ -149,11 +150,14 @@ def ratio(values: Sequence[Seeded], baseline: Sequence[Seeded]) -> Mean:
     paired = None not in seeds and set(seeds) == set(others) and len(set(seeds)) == len(seeds) == len(others)
     # sorted, so that the seeds of a pair are in the same order
     ours, theirs = (np.log([value for _, value in (sorted(some) if paired else some)]) for some in (values, baseline))
-    value, runs = math.exp(ours.mean() - theirs.mean()), min(len(values), len(baseline))
+    with np.errstate(over="ignore"):
+        value, runs = float(np.exp(ours.mean() - theirs.mean())), min(len(values), len(baseline))
     if runs < 2:
         return Mean(value, runs=runs)
     ends = _interval(stats.ttest_rel, ours, theirs) if paired else _interval(stats.ttest_ind, ours, theirs, equal_var=False)
-    return Mean(value, math.exp(ends[0]), math.exp(ends[1]), runs, "paired" if paired else "Welch")
+    with np.errstate(over="ignore"):
+        low, high = np.exp(ends).tolist()
+    return Mean(value, low, high, runs, "paired" if paired else "Welch")
 
 
 def compare(groups: Sequence[Group], targets: Sequence[Target], baseline: Group) -> Any:
@@ -249,8 +253,8 @@ def _against_bound(group: Group) -> list[dict[str, Any]]:
     norm = "full_gradient_norm"
     curves = {run.folder: run.curve(norm) for run in group.counted if len(run.curve(norm)[0])}
     try:  # as the first run left it
-        bounds = pd.read_csv(next(iter(curves), Path()) / BOUND).astype(float).set_index("samples")["bound"]
-    except (OSError, ValueError, KeyError):
+        bounds = read_numbers(next(iter(curves), Path()) / BOUND, ["samples", "bound"]).set_index("samples")["bound"]
+    except ValueError:
         return []
     squares = pd.concat([pd.Series(y**2, x) for x, y in curves.values()], axis=1).dropna().mean(axis=1)
     passed = bounds[bounds.index <= squares.index.max()]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from lightning_bsl.runs.folder import FINISHED
+from lightning_bsl.runs.branches import read_critical_batches
+from lightning_bsl.runs.folder import BOUND, FINISHED
 from lightning_bsl.runs.logs import AXES, read_log, read_stages, replace_from
+from lightning_bsl.runs.metrics import check_is_file, one_line, read_numbers
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
 
@@ -85,8 +89,8 @@ class Run:
             return f"{how} at {samples:,.0f} of {self.planned:,.0f} samples ({samples / self.planned:.0%})"
         if self.ended:
             return "finished" if self.planned else "ended"
-        epochs = OmegaConf.select(self.config, "trainer.max_epochs") if self.config is not None else None
-        whole = f" of {epochs}" if isinstance(epochs, int) and epochs > 0 else ""
+        epochs = self.setting("trainer.max_epochs")
+        whole = f" of {epochs}" if re.fullmatch("[1-9][0-9]*", epochs or "") else ""
         return f"unfinished at {self.reached('epochs'):.3g}{whole} epochs, {samples:,.0f} samples"
 
     def series(self, metric: str) -> Any:
@@ -113,7 +117,7 @@ class Run:
         try:
             value = OmegaConf.select(self.config, key)
             return None if value is None else str(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
-        except OmegaConfBaseException:  # what only Hydra can resolve
+        except Exception:  # what only Hydra can resolve, and keys and values of any form
             return self.overrides.get(key)
 
 
@@ -174,13 +178,15 @@ def find_runs(folders: Sequence[str | Path], progress: bool = True) -> Found:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
     places = {place.resolve(): (place, Path(root)) for root in folders for place in _places(Path(root))}
-    runs, without = list[Run](), list[tuple[str, str]]()
+    runs, without, broken = list[Run](), list[tuple[str, str]](), list[str]()
     for place, root in tqdm(places.values(), "reading", unit="run", leave=False, disable=None if progress else True):
-        name = place.name if place == root else str(place.relative_to(root))
+        name = printable(place.name if place == root else str(place.relative_to(root)))
         try:
             runs.append(_read(place, root, name or str(place)))
-        except (OSError, ValueError, TypeError, OmegaConfBaseException) as error:
-            without.append((name, str(error)))
+        except (OSError, ValueError, TypeError, OverflowError, OmegaConfBaseException) as error:
+            without.append((name, printable(one_line(error))))
+            continue
+        broken += [f"{name}: {printable(problem)}. The run is shown without it." for problem in _problems(place)]
     searched, listed = ", ".join(map(str, folders)), "; ".join(f"{name}: {reason}" for name, reason in without[:10])
     if not places:
         raise FileNotFoundError(
@@ -190,6 +196,7 @@ def find_runs(folders: Sequence[str | Path], progress: bool = True) -> Found:
     if not runs:
         raise FileNotFoundError(f"no run with a log under {searched} ({listed})")
     runs, notes = _join_resumed(runs)
+    notes = broken + notes
     by_epoch = max(run.log["epoch"].nunique() for run in runs) >= 3
     return Found([replace(run, by_epoch=by_epoch) for run in runs], without, notes)
 
@@ -210,7 +217,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         told, more = (len({tuple(map(values.get, names)) for values in settings}) for names in (telling, [*telling, key]))
         if more > told:
             telling.append(key)
-    names = [_name(run, telling) for run, *_ in members.values()]
+    names = [printable(_name(run, telling)) for run, *_ in members.values()]
     taken = [f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
     return [Group(*group) for group in zip(taken, members.values())]
 
@@ -232,7 +239,7 @@ def _places(root: Path) -> list[Path]:
     for folder, below, files in os.walk(root):
         path = Path(folder)
         config, job = path / ".hydra" / "config.yaml", path / ".hydra" / "hydra.yaml"
-        planned = job.is_file() and re.search(r"\n    name: plan\n", job.read_text())
+        planned = job.is_file() and re.search(rb"\n    name: plan\n", job.read_bytes())
         if (config.is_file() and not planned) or "metrics.csv" in files or any("events.out.tfevents" in file for file in files):
             places.append(path)
             below.clear()
@@ -240,25 +247,89 @@ def _places(root: Path) -> list[Path]:
     return places
 
 
+def printable(text: str) -> str:
+    """A text for a page or a terminal: escaped where it has line breaks or other characters that cannot be printed."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _problems(folder: Path) -> list[str]:
+    """What is wrong with files that a report can do without."""
+    problems = []
+    for read in (
+        lambda: read_stages(folder / "plan.csv"),
+        lambda: read_numbers(folder / BOUND, ["samples", "bound"]) if os.path.lexists(folder / BOUND) else None,
+        lambda: read_critical_batches(folder, strict=True),
+    ):
+        try:
+            read()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _load(file: Path, kind: type[DictConfig] | type[ListConfig]) -> Any:
+    """A file of ``.hydra``. Nothing in it is instantiated or called, and nothing is taken from the environment."""
+    name = f".hydra/{file.name}"
+    try:
+        check_is_file(file)
+        text = file.read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError("it is empty")
+        # a few lines of aliases make as many values as there are atoms
+        if re.search(r"(^|[\s\[{,:-])[*]\w", text) and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, which Hydra does not write")
+        config: Any = OmegaConf.load(io.StringIO(text))
+        if "oc.env" in text:  # of the run, not of the report
+            config = OmegaConf.create(_literal(OmegaConf.to_container(config)))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{name} cannot be read ({one_line(error)}); remove it, or bring it again") from error
+    if not isinstance(config, kind):
+        wanted = "list" if kind is ListConfig else "mapping"
+        raise ValueError(f"{name} is no {wanted}, as Hydra writes it; remove it, or bring it again")
+    return config
+
+
+def _literal(node: Any) -> Any:
+    """A configuration in which interpolations that ask for variables of the environment stand as they are written."""
+    if isinstance(node, dict):
+        return {name: _literal(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_literal(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) and "oc.env" in node else node
+
+
 def _read(folder: Path, root: Path, name: str) -> Run:
-    hydra, stages = folder / ".hydra", read_stages(folder / "plan.csv")
+    hydra = folder / ".hydra"
+    try:
+        stages = read_stages(folder / "plan.csv")
+    except ValueError:  # see `_problems`
+        stages = None
     log = read_log(folder, stages)
-    if not (hydra / "config.yaml").is_file():
+    if not os.path.lexists(hydra / "config.yaml"):
         seed = _SEED.search(name)
         return Run(folder, name, log, int(seed[1]) if seed else None, series_name=_without_number(folder, root))
-    config: Any = OmegaConf.load(hydra / "config.yaml")
-    files = hydra / "hydra.yaml", hydra / "overrides.yaml"
-    known, overrides = (OmegaConf.load(file) if file.is_file() else OmegaConf.create() for file in files)
+    config = _load(hydra / "config.yaml", DictConfig)
+    known, overrides = OmegaConf.create(), OmegaConf.create([])
+    if os.path.lexists(hydra / "hydra.yaml"):
+        known = _load(hydra / "hydra.yaml", DictConfig)
+    if os.path.lexists(hydra / "overrides.yaml"):
+        overrides = _load(hydra / "overrides.yaml", ListConfig)
     OmegaConf.update(config, "output_dir", str(folder), force_add=True)  # else only Hydra knows it
-    if config.get("ckpt_path"):
-        config.ckpt_path = str(Path(OmegaConf.select(known, "hydra.runtime.cwd") or ".") / config.ckpt_path)
-    choices = OmegaConf.select(known, "hydra.runtime.choices") or {}
+    if checkpoint := config.get("ckpt_path"):
+        try:
+            config.ckpt_path = str((Path(str(OmegaConf.select(known, "hydra.runtime.cwd") or ".")) / str(checkpoint)).resolve())
+        except (OSError, ValueError) as error:
+            raise ValueError(f".hydra/config.yaml: ckpt_path is no path ({one_line(error)}); correct it") from error
+    choices: Any = OmegaConf.select(known, "hydra.runtime.choices") if known else {}
+    if not isinstance(choices, Mapping):
+        raise ValueError(".hydra/hydra.yaml has no hydra.runtime.choices, as Hydra writes it; remove it, or bring it again")
+    seed_value = config.get("seed")
     planned = None if stages is None else float(stages["samples"].iloc[-1])
     return Run(
         folder,
         name,
         log,
-        config.get("seed"),
+        seed_value if isinstance(seed_value, int) and abs(seed_value) < 2**63 else None,
         {key.lstrip("+~"): value for key, _, value in (str(override).partition("=") for override in overrides)},
         {str(key): value for key, value in choices.items() if value is not None},
         config,

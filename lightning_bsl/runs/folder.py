@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_bsl.runs.metrics import keep_metrics, merge_metrics
+from lightning_bsl.runs.metrics import keep_metrics
+from lightning_bsl.schedules.files import written_whole
 
 try:
     import fcntl
@@ -95,13 +96,20 @@ def open_run(cfg: DictConfig) -> Finished | str | None:
     if not kept.exists() or not (last.exists() or (folder / "metrics.csv").exists()):
         if first_process:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(config)
+            with written_whole(kept) as path:
+                path.write_text(config)
         return None
     if kept.read_text() != config:
         changed = changes(kept.read_text(), config)
         raise ValueError(f"{folder} holds another run ({changed}); choose another folder, or delete this one")
     if (folder / FINISHED).exists():
-        return Finished(json.loads((folder / FINISHED).read_text())["value"])
+        try:
+            return Finished(json.loads((folder / FINISHED).read_text())["value"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / FINISHED} cannot be read ({type(error).__name__}: {error}): delete it, and the same command "
+                "trains what is missing"
+            ) from error
     if not last.exists():
         return None
     checkpoint = str(_complete(last))
@@ -133,7 +141,7 @@ def changes(before: str, after: str) -> str:
 
 
 def finish_run(cfg: DictConfig, value: float | None) -> None:
-    """Note that a run is finished, and join its metrics to those of before an interruption.
+    """Note that a run is finished.
 
     Args:
         cfg: The composed configuration.
@@ -142,9 +150,9 @@ def finish_run(cfg: DictConfig, value: float | None) -> None:
     if cfg.trainer.get("fast_dev_run"):
         return
     folder = Path(cfg.output_dir)
-    merge_metrics(folder / "metrics.csv")
     if (folder / _CONFIG).exists() and (folder / _CONFIG).read_text() == _trained(cfg):
-        (folder / FINISHED).write_text(json.dumps({"value": value}))
+        with written_whole(folder / FINISHED) as path:
+            path.write_text(json.dumps({"value": value}))
 
 
 def write_bound(folder: Path, bounds: Sequence[tuple[float, float]]) -> None:
@@ -154,7 +162,7 @@ def write_bound(folder: Path, bounds: Sequence[tuple[float, float]]) -> None:
         folder: The run's folder.
         bounds: Pairs of samples and the bound on the full gradient norm there.
     """
-    with open(folder / BOUND, "w", newline="") as file:
+    with written_whole(folder / BOUND) as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows([("samples", "bound"), *bounds])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lightning_bsl.runs.metrics import read_table
+from lightning_bsl.runs.metrics import check_is_file, one_line, read_numbers, read_table
 
 AXES = {"epochs": "epochs", "steps": "optimizer steps", "samples": "samples", "tokens": "tokens", "seconds": "seconds"}
 _CLOCKS = ["samples", "tokens", "seconds"]  # columns that only grow
@@ -33,12 +35,14 @@ def read_log(folder: Path, stages: Any = None) -> Any:
         OSError: There is no log, or tensorboard is not installed.
         ValueError: The log is empty, or has no ``samples``.
     """
-    file, events = folder / "metrics.csv", sorted({path.parent for path in folder.rglob("*events.out.tfevents*")})
+    file, events = folder / "metrics.csv", sorted(folder.rglob("*events.out.tfevents*"))
     if not file.is_file() and not events:
+        check_is_file(file)
         raise FileNotFoundError("no metrics.csv")
-    values = _csv_values(file) if file.is_file() else _event_values(events[0])
+    values = _csv_values(file) if file.is_file() else _event_values(events)
     if "samples" not in set(values["metric"]):
-        raise ValueError("`samples` is not logged, the axis on which schedules are compared")
+        where = file.name if file.is_file() else events[0].name
+        raise ValueError(f"`samples` is not logged in {where}: it is the axis on which schedules are compared")
     clocks = values[values["metric"].isin([*_CLOCKS, "epoch", "stage"])].pivot(index="row", columns="metric", values="value")
     rows = values.drop_duplicates("row").set_index("row")[["part", "step", "time"]]
     rows = rows.join(clocks.reindex(columns=[*_CLOCKS, "epoch", "stage"]))
@@ -61,38 +65,53 @@ def replace_from(before: Any, after: Any) -> Any:
 
 
 def read_stages(file: Path) -> Any:
-    """Samples and epochs at the end of each stage of a ``plan.csv``; ``None`` without one."""
-    try:
-        stages = pd.read_csv(file)[["samples", "epochs"]].astype(float).cumsum()
-    except (OSError, ValueError, KeyError):
-        return None
-    return None if stages.empty else stages
+    """Samples and epochs at the end of each stage of a ``plan.csv``; ``None`` without one.
+
+    Raises:
+        ValueError: It is not such a table.
+    """
+    return read_numbers(file, ["samples", "epochs"]).cumsum() if os.path.lexists(file) else None
 
 
 def _csv_values(file: Path) -> Any:
     table = read_table(file)
     if table.empty or "step" not in table:
-        raise ValueError("metrics.csv is empty")
-    table = table.reset_index(drop=True).rename_axis("row").reset_index()
-    values = table.melt(id_vars=["row", "step"], var_name="metric")
-    values = values[values["value"] != ""].astype({"step": float, "value": float})
+        raise ValueError("metrics.csv is empty, or has no column `step`")
+    names, rows = [name for name in table if name != "step"], len(table)
+    columns = {
+        "row": np.tile(np.arange(rows), len(names)),
+        "step": np.tile(table["step"], len(names)),
+        "metric": np.repeat(np.array(names, object), rows),
+        "value": table[names].to_numpy(object).T.ravel(),
+    }
+    values = pd.DataFrame(columns)
+    try:
+        values = values[values["value"] != ""].astype({"step": float, "value": float})
+    except ValueError as error:
+        wrong = one_line(error).partition(": Error")[0]
+        raise ValueError(f"metrics.csv has a value that is no number ({wrong}); correct it, or take out its column") from error
     return values.sort_values("row", kind="stable").assign(part=0, time=np.nan)
 
 
-def _event_values(folder: Path) -> Any:
+def _event_values(files: Sequence[Path]) -> Any:
     """The scalars of TensorBoard's event files: of each step the first values in one row, the second in another, ..."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ModuleNotFoundError as error:
         raise OSError("TensorBoard's event files need tensorboard: pip install 'lightning_bsl[tensorboard]'") from error
     parts = []
-    for file in folder.glob("*events.out.tfevents*"):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        tags = {tag: pd.DataFrame(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    files = [file for file in files if file.parent == files[0].parent]
+    for file in files:
+        check_is_file(file)
+        try:
+            events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+            tags = {tag: pd.DataFrame(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+        except Exception as error:  # what is read is of any form
+            raise ValueError(f"{file.name} cannot be read ({one_line(error)}); remove it, or bring it again") from error
         if tags:
             parts.append(pd.concat(tags, names=["metric"]).reset_index("metric").rename(columns={"wall_time": "time"}))
     if not parts:
-        raise ValueError("TensorBoard's event files are empty")
+        raise ValueError(f"TensorBoard's event files are empty: {', '.join(file.name for file in files)}")
     parts.sort(key=lambda part: part["time"].min())
     values = pd.concat(parts, keys=range(len(parts)), names=["part"]).reset_index("part")
     values["nth"] = values.groupby(["part", "metric", "step"]).cumcount()

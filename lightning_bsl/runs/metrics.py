@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from lightning_bsl.schedules.files import written_whole
 
 Row = dict[str, float]
 
@@ -32,8 +38,12 @@ def read_table(path: str | Path) -> Any:
     rows = _read(path) if path.exists() else pd.DataFrame()
     if rows.empty:
         return _read(aside)
+    before = _read(aside)
+    for file, part in ((aside, before), (path, rows)):
+        if "step" not in part:
+            raise ValueError(f"{file.name} is no table of metrics (it has no column `step`); remove it, or bring it again")
     # what was logged after the checkpoint is logged again; a step has several rows, each with columns of its own
-    table = pd.concat([_read(aside), rows], keys=["before", "after"]).fillna("")
+    table = pd.concat([before, rows], keys=["before", "after"]).fillna("")
     after, step = table.index.get_level_values(0) == "after", table["step"].astype(int)
     start, columns = step[after].min(), (table != "").apply(tuple, axis=1)
     again = columns.isin(columns[after & (step == start)])
@@ -70,13 +80,64 @@ def _aside(path: Path) -> Path:
 
 
 def _read(path: Path) -> Any:
+    check_is_file(path)
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False).fillna("")
+        whole = path.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]  # half of "12" would be another step
+        table = pd.read_csv(io.BytesIO(whole), dtype=str, keep_default_na=False, index_col=False).fillna("")
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
-    return table[table["step"].str.isdigit()] if "step" in table else table  # an interruption may cut the last row short
+    except ValueError as error:  # pandas' own errors are such
+        raise ValueError(f"{path.name} is no table of metrics ({one_line(error)}); remove it, or bring it again") from error
+    if "step" not in table:
+        return table
+    table = table[table["step"].str.fullmatch("[0-9]+")]
+    if (long := table["step"].str.len() > 15).any():
+        raise ValueError(f"{path.name} has a step of {table['step'][long].iloc[0]}; correct it, or remove its row")
+    return table
+
+
+def read_numbers(path: Path, columns: Sequence[str]) -> Any:
+    """Some columns of a table of finite numbers.
+
+    Args:
+        path: The file.
+        columns: What is read.
+
+    Raises:
+        ValueError: The file is not such a table; the message names it, and says what to do.
+    """
+    try:
+        check_is_file(path)
+        table = pd.read_csv(path, index_col=False)[list(columns)].astype(float)
+    except KeyError as error:
+        raise ValueError(f"{path.name} cannot be read ({one_line(error)}); remove it, or bring it again") from error
+    except (OSError, ValueError) as error:
+        if str(error).startswith(path.name):
+            raise
+        raise ValueError(f"{path.name} cannot be read ({one_line(error)}); remove it, or bring it again") from error
+    if table.empty or not np.isfinite(table.to_numpy()).all():
+        what = "no rows" if table.empty else "values that are not finite"
+        raise ValueError(f"{path.name} has {what}; remove it, or bring it again")
+    return table
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse what is there and no file: a pipe would be waited for.
+
+    Raises:
+        ValueError: It is a folder, a pipe or a link that leads nowhere.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path.name} is no file, but a folder, a pipe or a link that leads nowhere; remove it")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for a message: in one line, and not too much."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _write(table: Any, path: Path) -> None:
-    table.to_csv(path.with_suffix(".tmp"), index=False, lineterminator="\r\n")  # as CSVLogger writes it
-    path.with_suffix(".tmp").replace(path)
+    with written_whole(path) as unfinished:
+        table.to_csv(unfinished, index=False, lineterminator="\r\n")  # as CSVLogger writes it

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from lightning_bsl.schedules.checks import check_whole
 from lightning_bsl.schedules.functions import Constant, Exponential, Function, Schedule
 from lightning_bsl.schedules.progress import VERY_LONG, Progress
 from lightning_bsl.schedules.scaling import LinearScaling, ScalingRule, SqrtScaling
+
+LARGEST = 3.4028234663852886e38  # a learning rate: the largest float32, which optimizers convert it to
 
 
 class BatchLR(NamedTuple):
@@ -136,7 +138,8 @@ class JointSchedule:
                 f"the batch size is {value} at {_when(progress)}, but a step needs at least 1 example and a finite number of "
                 f"them: change {self.batch_size}, or bound it with `minimum=1` and `maximum=...`"
             )
-        size = math.ceil(value * (1 - 1e-12))  # a rounding error in the last bit must not add an example
+        # a rounding error in the last bit must not add an example
+        size = int(value) if isinstance(value, Integral) else math.ceil(value * (1 - 1e-12))
         return -(-size // self.multiple) * self.multiple
 
     def lr_at(self, progress: Progress, batch_size: int) -> float | None:
@@ -146,10 +149,10 @@ class JointSchedule:
         value = self.lr(batch_size) if isinstance(self.lr, ScalingRule) else self.lr(progress)  # type: ignore[operator]
         if value == 0 and isinstance(self.lr, Schedule) and self.lr.means_zero(progress, batch_size):
             return 0.0
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < LARGEST:
             raise ValueError(
-                f"the learning rate is {value} at {_when(progress)}, but it must be finite and above 0: change {self.lr}, or "
-                "bound it with `minimum=...` and `maximum=...`"
+                f"the learning rate is {value} at {_when(progress)}, but it must be finite and above 0, and at most "
+                f"{LARGEST:.2g}, the largest float32: change {self.lr}, or bound it with `minimum=...` and `maximum=...`"
             )
         return float(value)
 

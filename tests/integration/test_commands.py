@@ -163,7 +163,7 @@ COMMANDS = [train, plan, multirun, report, branch, search, surge_grid, surge_rep
 def test_every_command_is_tried(tmp_path: Path) -> None:
     tried = {name for command in COMMANDS if (name := command(tmp_path)[0][0]).startswith("bsl-")}
     assert tried == set(NAMES)
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"benchmark"}
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"benchmark", "gpu_check"}
     assert {f"bsl-{script.replace('_', '-')}" for script in scripts} == tried
     assert {point.name for point in entry_points(group="console_scripts") if point.value.startswith("lightning_bsl.")} == tried
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ class CIFAR10(ImageDataModule):
             labels = torch.from_numpy(np.asarray(batch[self._labels])).flatten()
         except (TypeError, ValueError):  # of several lengths, or no numbers
             labels = torch.zeros(0)
-        if labels.is_floating_point() or labels.is_complex() or not len(pixels) or len(labels) != len(pixels):
+        is_whole = labels.dtype != torch.bool and not labels.is_floating_point()
+        if not is_whole or not len(pixels) or len(labels) != len(pixels):
             raise broken(path, f"has {len(pixels):,} images and {len(labels):,} labels that are whole numbers", other)
         labels = labels.long()
         check_labels(labels, self.num_classes, path)
@@ -116,25 +118,74 @@ class CIFAR100(CIFAR10):
     _labels = "fine_labels"
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays, numbers and text. A pickle may otherwise call any function."""
+class _DType:
+    """The type of an array in a pickle, as long as it is one of numbers."""
 
-    _allowed: ClassVar[set[str]] = {"numpy.ndarray", "numpy.dtype", "_codecs.encode", "builtins.bytes", "__builtin__.bytes"} | {
-        f"numpy.{core}.{name}"
-        for core in ("core", "_core")  # before NumPy 2, and since
-        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
-    }
+    def __init__(self, name: str, *_: object) -> None:
+        self.name: str = name
+        self.order: Any = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+    def array(self, raw: Any, shape: Any, order: Literal["F", "C"]) -> np.ndarray[Any, Any]:
+        """An array of this type; ``raw`` holds it as bytes, or as the text that bytes of Python 2 are read as."""
+        dtype = np.dtype(str(self.name))
+        if dtype.kind not in "biufSU":
+            raise pickle.UnpicklingError(f"it has an array of {dtype}, not of numbers or text")
+        data = raw.encode("latin-1") if isinstance(raw, str) else raw
+        values = np.frombuffer(data, dtype.newbyteorder("=" if self.order == "|" else self.order))
+        array: np.ndarray[Any, Any] = values.astype(dtype).reshape(shape, order=order)
+        return array
+
+
+class _Array:
+    """An array in a pickle, which is empty until its contents come."""
+
+    values: Any = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *_, shape, dtype, by_columns, raw = state
+        # of objects of Python, such as the names of files, it has a list
+        self.values = raw if isinstance(raw, list) else dtype.array(raw, shape, "F" if by_columns else "C")
+
+
+class _ArraysOnly(pickle._Unpickler):
+    """Unpickles arrays, numbers and text. A pickle may otherwise call any function.
+
+    Nothing of NumPy is called as the file says: an array whose type is of objects would be made of addresses in memory. The
+    unpickler is that of Python's library which is written in Python: the one in C takes as much memory as the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a pickle refers to, if it is of an array."""
-        if f"{module}.{name}" not in self._allowed:
-            raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which data do not need: do not trust this file")
-        return super().find_class(module, name)
+        """Return what stands for what a pickle refers to, if it is of an array."""
+        function = name if module in ("numpy.core.multiarray", "numpy._core.multiarray") else f"{module}.{name}"
+        match function:
+            case "numpy.dtype":
+                return _DType
+            case "numpy.ndarray":
+                return _Array  # only an argument of the next
+            case "_reconstruct":
+                return lambda *_: _Array()
+            case "scalar":
+                return lambda dtype, raw: dtype.array(raw, (), "C").item()
+            case "numpy.core.numeric._frombuffer" | "numpy._core.numeric._frombuffer":
+                return lambda raw, dtype, shape, order: dtype.array(raw, shape, order)
+            case "_codecs.encode":
+                return lambda text, _: text.encode("latin-1")
+            case "builtins.bytes" | "__builtin__.bytes":
+                return lambda: b""  # Python 3 writes empty ones so
+        raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which data do not need: do not trust this file")
 
 
 def _unpickled(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
-            return _ArraysOnly(file, encoding="latin1").load()
-    except Exception as error:  # of bytes that are no pickle, or of half a one, come errors of a dozen kinds
+            batch = _ArraysOnly(io.BytesIO(file.read()), encoding="latin1").load()
+    except (OSError, pickle.UnpicklingError) as error:
         raise broken(path, error) from error
+    except Exception as error:  # of bytes that are no pickle, or of half a one, come errors of a dozen kinds
+        raise broken(path, "cannot be read (it is no pickle of arrays, or is cut short)") from error
+    entries = batch if isinstance(batch, dict) else {None: batch}
+    entries = {key: value.values if isinstance(value, _Array) else value for key, value in entries.items()}
+    return entries if isinstance(batch, dict) else entries[None]

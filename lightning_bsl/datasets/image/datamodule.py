@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_bsl.data.datamodule import BatchSizeDataModule, to_precision
-from lightning_bsl.datasets.files import listing, shown
+from lightning_bsl.datasets.files import listing, permitted, shown
 from lightning_bsl.datasets.image.augment import crop_flip_rotate, epoch_randoms
 
 Split = Literal["train", "val"]
@@ -139,6 +139,7 @@ class ImageDataModule(BatchSizeDataModule):
         return self.train_size
 
     @property
+    @permitted()
     def num_train_examples(self) -> int:
         """Number of training examples: in the files where they are there, else in the data set as published."""
         if self.train_set is not None:
@@ -149,6 +150,7 @@ class ImageDataModule(BatchSizeDataModule):
             return self.train_size
         return self.count()
 
+    @permitted()
     def prepare_data(self) -> None:
         """Find the data, or download them where asked to.
 
@@ -171,6 +173,7 @@ class ImageDataModule(BatchSizeDataModule):
                 ) from error
             self.locate()
 
+    @permitted()
     def setup(self, stage: str | None = None) -> None:
         """Load what the stage needs, once."""
         super().setup(stage)  # type: ignore[arg-type]

@@ -88,6 +88,9 @@ class FashionMNIST(ImageDataModule):
         return images, labels
 
 
+_MOST, _MOST_WIDE = 10_000_000, 1000  # records, and their height and width: a header that says more is damaged
+
+
 def _packed_or_not(path: Path) -> Path:
     """The file, or the gzipped one where there is no other."""
     return path if path.is_file() else path.with_name(f"{path.name}.gz")
@@ -102,18 +105,22 @@ def _read_header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...
         raise broken(path, f"is no idx file of {wanted}, but holds {contents}", f"bring the file of {wanted}")
     if len(header) < 4 * (dimensions + 1):
         raise broken(path, "is cut short within its header")
-    return struct.unpack(f">{dimensions}I", header[4:])
+    shape = struct.unpack(f">{dimensions}I", header[4:])
+    if shape[0] > _MOST or max(shape[1:], default=0) > _MOST_WIDE:
+        lengths = " x ".join(f"{length:,}" for length in shape)
+        raise broken(path, f"says in its header that it has {lengths} values, which no such file has")
+    return shape
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     with opened(path) as file:
         shape = _read_header(file, path, dimensions)
-        contents = bytearray(file.read())  # writable, as torch wants it
-    expected = math.prod(shape)
+        expected, contents = math.prod(shape), bytearray()  # writable, as torch wants it
+        while len(contents) <= expected and (part := file.read(1 << 20)):  # never what a false header or file asks for
+            contents += part
+        more = len(contents) > expected and bool(file.read(1))
     if len(contents) != expected:
-        whole = len(contents) // (math.prod(shape[1:]) or 1)
-        raise broken(
-            path,
-            f"has {len(contents):,} bytes of data where its header says {expected:,}: {whole:,} whole records of {shape[0]:,}",
-        )
+        whole = "" if more else f": {len(contents) // (math.prod(shape[1:]) or 1):,} whole records of {shape[0]:,}"
+        found = f"{len(contents):,}{' or more' * more}"
+        raise broken(path, f"has {found} bytes of data where its header says {expected:,}{whole}")
     return np.frombuffer(contents, np.uint8).reshape(shape)

@@ -142,6 +142,10 @@ class TinyImageNet(ImageDataModule):
                 "the images into a folder for each class"
             )
         there = {image.name: image for image in images}
+        if twice := sorted({image.name for image in images if there[image.name] != image}):
+            raise ValueError(
+                f"{shown(folder / 'val' / 'images')} has more than one image by the name {listing(twice)}; remove the others"
+            )
         files: dict[str, tuple[str, int]] = {}
         for number, line in enumerate(_lines(path), 1):
             if not line.strip():
@@ -166,6 +170,10 @@ class TinyImageNet(ImageDataModule):
         return list(files.values())
 
     def _cached(self, folder: Path, files: _Files) -> dict[Split, tuple[Tensor, Tensor]] | None:
+        if (folder / self.cache_name).is_dir():
+            raise ValueError(f"{shown(folder / self.cache_name)} is a folder, where the decoded images go: move it away")
+        if not (folder / self.cache_name).is_file():  # a pipe would be waited for
+            return None
         try:
             cached: Any = torch.load(folder / self.cache_name, mmap=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
@@ -175,7 +183,13 @@ class TinyImageNet(ImageDataModule):
 
 def _images(folder: Path) -> list[Path]:
     """The images below a folder, if there is one."""
-    return [path for path in files_below(folder) if path.suffix.lower() in _KINDS] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return [path for path in files_below(folder, is_data=_is_image) if _is_image(path)]
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _KINDS
 
 
 def _by_class(folder: Path, split: Split, labels: dict[str, int]) -> list[tuple[str, int]]:
@@ -217,7 +231,7 @@ def _decode(folder: Path, files: list[tuple[str, int]], size: int) -> tuple[Tens
     def decode(row: int) -> None:
         path = folder / files[row][0]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=("JPEG", "PNG")) as image:  # others call programs, as of PostScript
                 width, height = image.size
                 if (width, height) == (size, size):
                     images[row] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

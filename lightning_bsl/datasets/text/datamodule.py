@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from lightning_bsl.datasets.text.tokens import check_block_size, ends_of, identi
 Document = tuple[Split, str]
 
 _FORMAT = 4  # of the cache
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class TextDataModule(BatchSizeDataModule):
@@ -180,12 +182,14 @@ class TextDataModule(BatchSizeDataModule):
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             unfinished = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.cache_dir)
         except OSError as error:
-            raise OSError(
-                f"the tokens cannot be written to {shown(self.cache_dir)} ({error.strerror}); write `cache_dir`, a folder that "
-                "you may write to (data.cache_dir=DIR)"
-            ) from error
+            raise self._cannot_write(error) from error
         with unfinished as temporary:
-            self._pack(Path(temporary, name), tokenizer)
+            try:
+                self._pack(Path(temporary, name), tokenizer)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                raise self._cannot_write(error) from error
             if folder.exists() and not _is_whole(folder):
                 os.replace(folder, Path(temporary, "cut_short"))
             try:
@@ -194,6 +198,13 @@ class TextDataModule(BatchSizeDataModule):
                 if not folder.exists():
                     raise
         return folder
+
+    def _cannot_write(self, error: OSError) -> OSError:
+        remedy = "make room there, or write" if error.errno in NO_ROOM else "write"
+        return OSError(
+            f"the tokens cannot be written to {shown(self.cache_dir)} ({error.strerror}); {remedy} `cache_dir`, a folder that "
+            "you may write to (data.cache_dir=DIR)"
+        )
 
     def _pack(self, folder: Path, tokenizer: Any) -> None:
         """Write the tokens of each split, where its documents end, the tokenizer, and what the files are."""
@@ -214,10 +225,10 @@ class TextDataModule(BatchSizeDataModule):
                 encoded = tokenizer.encode_batch([text for _, text in some], add_special_tokens=False)
                 for (split, _), encoding in zip(some, encoded):
                     tokens = np.array([*encoding.ids, end], dtype)
-                    tokens.tofile(files[split])
+                    files[split].write(tokens.tobytes())  # `tofile` would not say why it fails
                     counts[split] += len(tokens)
-                    np.int64(counts[split]).tofile(ends[split])
-        tokenizer.save(str(folder / "tokenizer.json"))
+                    ends[split].write(np.int64(counts[split]).tobytes())
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # nor would `save`
         about = {"dtype": dtype.str, "tokens": counts, "trained_tokenizer": trained}
         (folder / "about.json").write_text(json.dumps(about))
 
@@ -277,6 +288,8 @@ def _digest(text: str) -> bytes:
 def _is_whole(folder: Path) -> bool:
     """Whether a cache is there, and has all that it was written with."""
     try:
+        if not all(path.is_file() for path in folder.glob("*")):  # a pipe would be waited for
+            return False
         about = json.loads((folder / "about.json").read_text())
         width = np.dtype(about["dtype"]).itemsize
         sizes = [(folder / f"{split}.bin").stat().st_size == width * about["tokens"].get(split, 0) for split in SPLITS]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_bsl.datasets.files import is_hidden, listing, shown
+from lightning_bsl.datasets.files import is_hidden, listing, permitted, shown
 from lightning_bsl.datasets.hub import check_reachable, text_library
 from lightning_bsl.datasets.text.folder import TextFolder, text_in
 from lightning_bsl.datasets.text.records import is_records
@@ -42,6 +42,7 @@ class ELI5Category(TextFolder):
     def __init__(self, root: str | Path | None = None, **options: Any) -> None:
         super().__init__(root, text_column="answers", **options)
 
+    @permitted()
     def locate(self) -> Path:
         """Return the folder with the files."""
         for folder in (self.root / "eli5_category", self.root):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_bsl.datasets.files import files_below, listing, shown
+from lightning_bsl.datasets.files import OPENED, files_below, listing, permitted, shown
 from lightning_bsl.datasets.text.datamodule import Document, TextDataModule
 from lightning_bsl.datasets.text.records import KINDS, is_records, kind_of, read_document, read_records
 from lightning_bsl.datasets.text.splits import Split, split_files
@@ -58,6 +58,7 @@ class TextFolder(TextDataModule):
         super().__init__(root, **options)
         self.text_column = text_column
 
+    @permitted()
     def locate(self) -> Path:
         """Return ``root``."""
         if not self.root.is_dir():
@@ -142,8 +143,15 @@ class TextFolder(TextDataModule):
     def _sort_files(self, folder: Path) -> tuple[dict[Path, Split], list[Path]]:
         """The files with their splits, sorted; and those that are left out."""
         inside = folder.resolve() in self.cache_dir.resolve().parents
-        paths = [path for path in files_below(folder, skip=[self.cache_dir] if inside else []) if not _is_cached(path)]
+        below = files_below(folder, [self.cache_dir] if inside else [], lambda path: kind_of(path) is not None)
+        paths = [path for path in below if not _is_cached(path)]
         readable = [path for path in paths if not _NO_DATA.fullmatch(path.name) and self._readable(path)]
+        packed, there = [path for path in readable if path.suffix.lower() in OPENED], set(readable)
+        if twice := next((path for path in packed if path.with_suffix("") in there), None):
+            raise ValueError(
+                f"{shown(twice)} lies beside {listing([twice.stem])}, not compressed: the same text would count "
+                "twice; remove one of them, or give it another name"
+            )
         splits = split_files([path.relative_to(folder) for path in readable])
         left_out = [
             path

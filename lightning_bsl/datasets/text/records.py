@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _has_lines(path: Path) -> bool:
         return True
     try:
         json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return not first  # of an empty file both ways find nothing
     return True
 
@@ -162,7 +163,8 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     parquet = text_library("pyarrow.parquet")
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        # pyarrow takes the name of a file for UTF-8, but bytes as they are
+        with text_library("pyarrow").OSFile(os.fsencode(path)) as source, parquet.ParquetFile(source) as file:
             columns = file.schema_arrow.names
             if column not in columns:
                 yield f"{shown(path)}", dict.fromkeys(columns)
@@ -171,5 +173,5 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     yield f"record {number} (counted from 0) of {shown(path)}", record
                     number += 1
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, LookupError, TypeError, MemoryError, NotImplementedError) as error:  # Arrow's are such
         raise broken(path, error) from error

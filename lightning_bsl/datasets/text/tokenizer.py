@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_bsl.datasets.files import broken
+from lightning_bsl.datasets.files import broken, permitted
 from lightning_bsl.datasets.hub import check_reachable, text_library
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,6 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     return _plain(tokenizer)
 
 
+@permitted()
 def read_tokenizer(path: Path) -> Any:
     """Read a ``tokenizer.json``, or a folder with that or with ``vocab.json`` and ``merges.txt``.
 
@@ -61,6 +62,8 @@ def read_tokenizer(path: Path) -> Any:
         tokenizer = _byte_level(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:
         raise broken(vocabulary, f"and merges.txt beside it are no tokenizer ({error})") from error
+    if tokenizer.get_vocab_size() > 257 and not any(line[:1] != "#" for line in merges.read_text("utf-8").splitlines()):
+        raise broken(merges, "has no merges, but vocab.json beside it has words")
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _plain(tokenizer)
 
