@@ -83,7 +83,12 @@ def check_settings(cfg: DictConfig) -> None:
     _check_missing(cfg)
     _check_values(cfg)
     for key, child in cfg.items_ex(resolve=False):
-        if isinstance(child, (DictConfig, ListConfig)) and not child._is_interpolation() and not child._is_none():
+        if (
+            key != "hydra"
+            and isinstance(child, (DictConfig, ListConfig))
+            and not child._is_interpolation()
+            and not child._is_none()
+        ):
             with suppress(*([InterpolationResolutionError] if key == "grid" else [])):  # the command says it in its own words
                 _check(child, str(key))
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from harness.configs import compose_config
 from harness.files import ROOT, csv_rows
@@ -184,8 +184,10 @@ def train_as(overrides: tuple[str, ...], folder: Path, prepare: Callable[[], Any
 
 def configured(overrides: tuple[str, ...], folder: Path) -> DictConfig:
     """The configuration of a run in a folder."""
-    cfg = compose_config(*overrides)
-    cfg.output_dir = str(folder)
+    cfg: DictConfig = compose_config(*overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]  # a command does not see it
+        cfg.output_dir = str(folder)
     return cfg
 
 

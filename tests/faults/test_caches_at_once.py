@@ -50,8 +50,10 @@ def cached(root: Path) -> dict[str, bytes]:
 
 
 def loaded(data: BatchSizeDataModule) -> list[Any]:
-    data.prepare_data(), data.setup("fit")
-    return [[str(examples[i]) for i in range(len(examples))] for examples in (data.train_set, data.val_set)]
+    data.prepare_data()
+    data.setup("fit")
+    sets: list[Any] = [data.train_set, data.val_set]
+    return [[str(examples[i]) for i in range(len(examples))] for examples in sets]
 
 
 @pytest.fixture

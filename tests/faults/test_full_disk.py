@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from children import SMALL, Child, before, limit_files, same, script, train_as, train_here, without_figures
+from children import SMALL, Child, before, limit_files, same, script, train_as, without_figures
 from lightning.pytorch import Trainer
 
 from harness.fits import quiet
 from lightning_bsl.app import train
+from lightning_bsl.app.saving import MetricsLogger
 from lightning_bsl.datasets import Digits, TextFolder
 from lightning_bsl.models import Classifier, cnn5
 from lightning_bsl.population import Grid, Outcome, read_outcomes, run_grid
@@ -61,12 +62,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was never interrupted."""
-    return train_here(SMALL, tmp_path_factory.mktemp("whole"))
-
-
 def check(what: str, whole: Path, folder: Path, as_command: bool = False) -> None:
     fault, earlier = FAULTS[what], folder.with_name("before")
     start: Any = (lambda prepare: script("train.py", *SMALL, folder=folder, prepare=prepare)) if as_command else (
@@ -101,7 +96,7 @@ def check(what: str, whole: Path, folder: Path, as_command: bool = False) -> Non
     same(folder, whole)
 
 
-@pytest.mark.quick(what=["checkpoint", "metrics, a row", "end"])
+@pytest.mark.quick(what=["checkpoint", "end"])
 @pytest.mark.parametrize("what", FAULTS)
 def test_of_a_run(what: str, whole: Path, tmp_path: Path) -> None:
     check(what, whole, tmp_path / "run")
@@ -111,6 +106,21 @@ def test_of_a_run(what: str, whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["checkpoint", "metrics, another column", "configuration", "end"])
 def test_of_a_command(what: str, whole: Path, tmp_path: Path) -> None:
     check(what, whole, tmp_path / "run", as_command=True)
+
+
+@pytest.mark.parametrize("rows", [[{"a": 1.5}, {"a": 2.5}], [{"a": 1.5}, {"b": 2.5}]], ids=["a row", "another column"])
+def test_of_the_metrics(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    def work() -> None:
+        logger = MetricsLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
+        for step, row in enumerate(rows):
+            if step == 1:
+                limit_files(os.path.getsize(tmp_path / "metrics.csv") + 3)
+            logger.log_metrics(row, step)
+
+    cut = Child(work, tmp_path).end()
+    assert cut.code == 1 and f"{tmp_path / 'metrics.csv'} cannot be written (File too large): make room there" in cut.text
+    assert (tmp_path / "metrics.csv").read_bytes() == b"a,step\r\n1.5,0\r\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 # --- a grid
@@ -189,7 +199,8 @@ def test_of_a_token_cache(file: str, tmp_path: Path) -> None:
     assert cut.code == 1 and message in cut.text, cut.text
     assert not [*(tmp_path / "cache").iterdir()]
     data = text(tmp_path / "text", tmp_path / "cache")
-    data.prepare_data(), data.setup("fit")
+    data.prepare_data()
+    data.setup("fit")
     assert cached(tmp_path / "cache") == whole
 
 

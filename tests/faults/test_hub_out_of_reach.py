@@ -63,7 +63,7 @@ def model(root: Path) -> Any:
     return distilgpt2(pretrained=True)
 
 
-SAID = {
+SAID: dict[Callable[[Path], Any], tuple[str, str]] = {
     eli5: ("rexarski/eli5_category cannot be reached on huggingface.co", "put them into {root}/data/eli5_category"),
     tokenizer: (
         "openai-community/gpt2 cannot be reached on huggingface.co",
@@ -104,7 +104,7 @@ def test_nobody_answers(fetch: Callable[[Path], Any], silent: str, tmp_path: Pat
     [
         (("data=eli5", "data.download=true", "data.samples_per_epoch=64"), SAID[eli5]),
         (("data=text", "data.tokenizer=gpt2", "data.samples_per_epoch=64"), ("gpt2 cannot be reached", "`tokenizer=DIR`")),
-        (("data=pydoc", "model=distilgpt2", "+model.net.pretrained=true", "data.samples_per_epoch=64"), SAID[model]),
+        (("data=pydoc", "model=distilgpt2", "model.net.pretrained=true", "data.samples_per_epoch=64"), SAID[model]),
     ],
 )
 def test_of_a_command(overrides: tuple[str, ...], said: tuple[str, str], closed: str, tmp_path: Path) -> None:

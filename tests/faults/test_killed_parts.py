@@ -7,25 +7,24 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from children import SMALL, Child, before, configured, same, train_as, train_here, without_figures
+from children import SMALL, Child, before, configured, same, train_as, without_figures
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from harness.commands import kill
+from harness.files import ROOT
 from lightning_bsl.app.train import train
 from lightning_bsl.models import Classifier
 
 ENDS = 60.0  # seconds within which the others must have ended; a process that hangs would take half an hour or more
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_here(SMALL, tmp_path_factory.mktemp("whole"))
 
 
 # --- a worker of the loader
@@ -46,12 +45,13 @@ def test_a_worker_of_the_loader(name: str, call: int, whole: Path, tmp_path: Pat
         without_figures()
         before(Classifier, name, kill_worker, call)
 
-    overrides = (*SMALL, "data.num_workers=1")
-    cut = train_as(overrides, tmp_path / "run", prepare).end(ENDS)
-    assert cut.code == 1 and re.search(
-        r"DataLoader worker \(pid\(?s?\)? ?\d+\) (is killed by signal: Killed|exited)", cut.text
-    ), cut.text
-    again = train_as(overrides, tmp_path / "run").end()
+    cut = train_as((*SMALL, "data.num_workers=1"), tmp_path / "run", prepare).end(ENDS)
+    # the loader notices, or the pipe on which a batch was coming
+    said = (
+        r"DataLoader worker \(pid\(?s?\)? ?\d+\) (is killed by signal: Killed|exited)|Connection(Reset|Refused)Error|EOFError"
+    )
+    assert cut.code == 1 and re.search(said, cut.text), cut.text
+    again = train_as(SMALL, tmp_path / "run").end()  # with workers or without: it is the same run
     assert again.code == 0, again.text
     same(tmp_path / "run", whole)
 
@@ -70,7 +70,7 @@ def two(overrides: tuple[str, ...], folder: Path, prepares: list[Callable[[], An
     def work(rank: int) -> Callable[[], None]:
         def run() -> None:
             os.environ |= shared | {"LOCAL_RANK": str(rank), "RANK": str(rank)}
-            rank_zero_only.rank = rank
+            rank_zero_only.rank = rank  # type: ignore[attr-defined]
             without_figures()
             prepares[rank]()
             train(cfg)
@@ -80,10 +80,11 @@ def two(overrides: tuple[str, ...], folder: Path, prepares: list[Callable[[], An
     return [Child(work(rank), folder.parent / f"printed-{rank}") for rank in range(2)]
 
 
-@pytest.mark.quick(rank=[1], name=["training_step"])
+@pytest.mark.quick(rank=[1], name=["training_step"], goes_on=[False])
+@pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("name", ["training_step", "validation_step", "on_before_optimizer_step", "on_save_checkpoint"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_of_two(rank: int, name: str, tmp_path: Path) -> None:
+def test_one_of_two(rank: int, name: str, goes_on: bool, tmp_path: Path) -> None:
     def dies() -> None:
         before(Classifier, name, kill, 2)
 
@@ -93,6 +94,60 @@ def test_one_of_two(rank: int, name: str, tmp_path: Path) -> None:
     killed, other = children[rank].end(), children[1 - rank].end(ENDS)
     assert killed.code == -signal.SIGKILL
     assert other.code == 1 and time.monotonic() - began < ENDS, other.text
-    again = [child.end() for child in two(SMALL, tmp_path / "run", [nothing, nothing])]
-    assert [ended.code for ended in again] == [0, 0], again
-    assert (tmp_path / "run" / "finished.json").exists()
+    if goes_on:
+        again = [child.end() for child in two(SMALL, tmp_path / "run", [nothing, nothing])]
+        assert [ended.code for ended in again] == [0, 0], again
+        assert (tmp_path / "run" / "finished.json").exists()
+
+
+# --- as Lightning's launcher starts them
+
+
+def child_of(pid: int) -> int | None:
+    """The process that the launcher has started."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            if "train.py" in Path(f"/proc/{child}/cmdline").read_text():
+                return int(child)
+    return None
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for(what: Callable[[], Any], timeout: float = 120) -> Any:
+    deadline = time.monotonic() + timeout
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it hangs"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes are found in /proc")
+@pytest.mark.parametrize("when", ["starting", "training"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_the_launcher(rank: int, when: str, tmp_path: Path) -> None:
+    folder, timeout = tmp_path / "run", ("trainer.strategy.timeout.minutes=0", "+trainer.strategy.timeout.seconds=40")
+    long = ("trainer=ddp_cpu", *timeout, "scheduler=constant", "+model.net.width=4", "trainer.max_epochs=3000")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={folder}", *long]
+    with open(tmp_path / "output.txt", "w") as output:
+        launcher = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
+    try:
+        child = wait_for(lambda: child_of(launcher.pid))
+        if when == "training":
+            wait_for(lambda: (folder / "checkpoints" / "last.ckpt").exists())
+        os.kill((launcher.pid, child)[rank], signal.SIGKILL)
+        if rank == 1:
+            assert launcher.wait(2 * ENDS) != 0
+        else:
+            launcher.wait()
+            wait_for(lambda: has_ended(child), 2 * ENDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()

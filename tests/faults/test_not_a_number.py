@@ -102,7 +102,7 @@ class Breaks(Regression):
         self.at, self.value = at, value
 
     def loss(self, batch: Any) -> Tensor:
-        loss = super().loss(batch)
+        loss: Tensor = super().loss(batch)
         return loss * self.value if self.trainer.global_step >= self.at else loss
 
 
@@ -141,7 +141,8 @@ class OfTerms(Regression):
 
     def loss(self, batch: Any) -> Tensor:
         x, y, index = batch
-        return (self.net(x) - y).square()[index % 2 == 0].mean()
+        errors: Tensor = (self.net(x) - y).square()
+        return errors[index % 2 == 0].mean()
 
 
 def test_a_mean_over_nothing_is_not_mentioned() -> None:
@@ -152,7 +153,8 @@ def test_a_mean_over_nothing_is_not_mentioned() -> None:
 
 class Rows(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Any:
-        yield from data("image")
+        rows = data("image")
+        yield from (rows[i] for i in range(len(rows)))
 
 
 @pytest.mark.parametrize("source", ["stream", "loader without a scheduler"])
@@ -200,6 +202,8 @@ def test_it_changes_nothing(where: str) -> None:
             return x + torch.randn(3, dtype=torch.float64) / 100, y, i
 
     class Dropped(Regression):
+        drawn: list[float]
+
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss: Tensor = super().training_step(batch, batch_idx)
             self.drawn.append(torch.rand(1).item())
@@ -208,7 +212,7 @@ def test_it_changes_nothing(where: str) -> None:
     def drawn(*callbacks: Callback) -> tuple[list[float], list[Tensor]]:
         torch.manual_seed(4)
         model = Dropped()
-        model.drawn: list[float] = []
+        model.drawn = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trained(model, own(Noisy()), BatchLRScheduler(GROWING, 0.01), *callbacks)

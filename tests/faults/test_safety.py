@@ -233,6 +233,7 @@ def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_figures")
+@pytest.mark.slow
 def test_names_are_text_in_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names of folders, of groups, of metrics, values of overrides, and what is said of files that are broken."""
     root = tmp_path / "runs"
@@ -256,6 +257,7 @@ def test_names_are_text_in_a_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
+@pytest.mark.slow
 def test_names_are_no_formulas_in_a_figure(tmp_path: Path) -> None:
     """matplotlib takes what stands between dollars for a formula, and fails at one that is none."""
     for number, name in enumerate(("a$b$", "$\\frac{$", "$", "<tspan>")):

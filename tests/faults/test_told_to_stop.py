@@ -11,16 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from children import SMALL, Child, before, same, train_as, train_here, without_figures
+from children import SMALL, Child, before, same, train_as, without_figures
 
 from lightning_bsl.models import Classifier
 
 ONE, TWO = signal.SIGINT, signal.SIGTERM
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_here(SMALL, tmp_path_factory.mktemp("whole"))
 
 
 class Waiting:

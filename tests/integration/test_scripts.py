@@ -198,7 +198,7 @@ def test_resumes_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("overrides, messages", [
     (("scheduler=adaptative",), ("adaptative", "increasing_both")),
     pytest.param(("trainer.max_epoch=3",), ("max_epoch",), marks=pytest.mark.slow),
-    (("scheduler.batch_size.unit=epochs",), ("'epochs'", "'epoch'", "'samples'")),
+    (("scheduler.batch_size.unit=epochs",), ("'epochs'", "epoch, step", "samples")),
     pytest.param(("scheduler.batch_size.every=0",), ("every=0",), marks=pytest.mark.slow),
     pytest.param(("scheduler.batch_size.factor=0.5",), ("batch size is 0.5", "minimum=1"), marks=pytest.mark.slow),
     pytest.param(("scheduler.batch_size.factor=-2",), ("factor=-2",), marks=pytest.mark.slow),
