@@ -18,6 +18,8 @@ from lightning_bsl.datasets import PydocTopics, TextFolder, TinyImageNet
 
 Make = Callable[[Path], BatchSizeDataModule]
 
+pytestmark = pytest.mark.slow  # real processes that wait for each other
+
 
 def of_text(root: Path) -> TextFolder:
     return TextFolder(root / "text", block_size=8, tokenizer="train", vocab_size=300, cache_dir=root / "cache")

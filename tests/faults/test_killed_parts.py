@@ -132,7 +132,9 @@ def wait_for(what: Callable[[], Any], timeout: float = 120) -> Any:
 @pytest.mark.parametrize("when", ["starting", "training"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_the_launcher(rank: int, when: str, tmp_path: Path) -> None:
-    folder, timeout = tmp_path / "run", ("trainer.strategy.timeout.minutes=0", "+trainer.strategy.timeout.seconds=40")
+    folder = tmp_path / "run"
+    # one that starts alone waits as long as the timeout says; the start itself takes long on a busy machine
+    timeout = ("trainer.strategy.timeout.minutes=1",) if (rank, when) == (0, "starting") else ()
     long = ("trainer=ddp_cpu", *timeout, "scheduler=constant", "+model.net.width=4", "trainer.max_epochs=3000")
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"hydra.run.dir={folder}", *long]
     with open(tmp_path / "output.txt", "w") as output:
@@ -146,7 +148,7 @@ def test_of_the_launcher(rank: int, when: str, tmp_path: Path) -> None:
             assert launcher.wait(2 * ENDS) != 0
         else:
             launcher.wait()
-            wait_for(lambda: has_ended(child), 2 * ENDS)
+            wait_for(lambda: has_ended(child), 4 * ENDS)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)

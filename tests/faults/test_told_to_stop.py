@@ -17,6 +17,8 @@ from lightning_bsl.models import Classifier
 
 ONE, TWO = signal.SIGINT, signal.SIGTERM
 
+pytestmark = pytest.mark.slow  # real processes that wait for each other
+
 
 class Waiting:
     """A run whose third step waits: it tells of each signal that came, and goes on when it is told to."""
