@@ -120,6 +120,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair.stop()
 
 
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run of `bsl-train` that was never interrupted."""
+    from harness.children import SMALL, train_here
+
+    return train_here(SMALL, tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of our callbacks and of Lightning's, in the hands of the test."""

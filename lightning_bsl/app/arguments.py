@@ -97,12 +97,8 @@ def _check_member(node: Any, path: str) -> None:
     """Refuse what is no callback or logger. One without a class may be what an experiment says of it in case it is chosen."""
     if node is not None and not isinstance(node, DictConfig):
         raise ValueError(f"`{path}={_shown(node)}` is no configuration of an object: write a node with `_target_`, or null")
-    if node is not None and "_target_" not in node:
-        near = get_close_matches("_target_", map(str, node), 1)
-        if near or path.startswith("logger."):
-            raise ValueError(
-                f"`{path}` has no `_target_`, the class of its object: write it{f' for `{near[0]}`' if near else ''}"
-            )
+    if node is not None and (path.startswith("logger.") or get_close_matches("_target_", map(str, node), 1)):
+        _check_has_target(node, path)
 
 
 def _check_missing(cfg: DictConfig) -> None:
@@ -126,9 +122,14 @@ def _check_node(cfg: DictConfig, name: str) -> None:
     node = cfg[name]
     if not isinstance(node, DictConfig):
         raise ValueError(f"`{name}={_shown(node)}` is no configuration of an object: write a choice, {name}=NAME")
+    _check_has_target(node, name)
+
+
+def _check_has_target(node: DictConfig, path: str) -> None:
+    """Refuse a node that does not say what to call."""
     if "_target_" not in node:
         near = get_close_matches("_target_", map(str, node), 1)
-        raise ValueError(f"`{name}` has no `_target_`, the class of its object: write it{f' for `{near[0]}`' if near else ''}")
+        raise ValueError(f"`{path}` has no `_target_`, the class of its object: write it{f' for `{near[0]}`' if near else ''}")
 
 
 def _check_names(cfg: DictConfig) -> None:

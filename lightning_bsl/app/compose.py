@@ -29,6 +29,7 @@ from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.data.sampler import GlobalBatchSampler
 from lightning_bsl.report import console
 from lightning_bsl.schedules import Plan
+from lightning_bsl.schedules.files import written_whole
 from lightning_bsl.schedules.plan import Measure
 from lightning_bsl.theory import BoundConstants
 
@@ -158,7 +159,7 @@ def _node(cfg: DictConfig, key: str | None, called: str | None) -> tuple[str, Di
 
 def _settings(text: str, node: DictConfig, path: str) -> str:
     """The settings of a node that a message names; all of them where it names none."""
-    found = dict(_leaves(node, path))
+    found = {key: value for key, value, _ in _written(node, path)}
     said = set(re.findall(r"\w+", text))
     named = [key for key in found if key.rpartition(".")[2] in said]
     named = named or [
@@ -181,10 +182,6 @@ def _with_keys(text: str, cfg: DictConfig) -> str:
         found = [other for other in texts if re.search(rf"(?<!\w){re.escape(str(other[1]))}(?!\w)", text)]
     keys = [f"`{key}`, which is {written}" if written else f"`{key}`" for key, _, written in found]
     return f"{text} ({', '.join(keys)})" if 0 < len(keys) < 4 else text
-
-
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, object]]:
-    return ((key, value) for key, value, _ in _written(node, path))
 
 
 def _written(node: Any, path: str = "") -> Iterator[tuple[str, object, str | None]]:
@@ -260,14 +257,15 @@ def make_constants(cfg: DictConfig) -> BoundConstants | None:
 
 
 def draw(path: Path, plot: Callable[[Path], Any]) -> None:
-    """Draw a figure, or say why there is none: matplotlib may be missing.
+    """Draw a figure, which a full disk leaves as it was, or say why there is none: matplotlib may be missing.
 
     Args:
         path: The file.
         plot: Draws it.
     """
     try:
-        plot(path)
+        with written_whole(path) as unfinished:
+            plot(unfinished)
     except ModuleNotFoundError as error:
         console().print(f"no {path.name}: {error}", markup=False, soft_wrap=True)
 

@@ -27,7 +27,6 @@ from lightning_bsl.runs import read_metrics
 from lightning_bsl.runs.folder import FINISHED, LAST, Finished, claimed, finish_run, open_run, write_bound
 from lightning_bsl.runs.metrics import merge_metrics
 from lightning_bsl.schedules import Plan
-from lightning_bsl.schedules.files import written_whole
 from lightning_bsl.theory import BoundConstants, gradient_norm_bounds
 
 
@@ -56,8 +55,7 @@ class RunRecord(Callback):
         Args:
             plan: The plan.
         """
-        with written_whole(self.folder / "plan.csv") as path:
-            plan.to_csv(path, self.scheduler.constants_at)
+        plan.to_csv(self.folder / "plan.csv", self.scheduler.constants_at)
         if self.constants is not None:
             self.bounds = gradient_norm_bounds(plan, self.constants)
             write_bound(self.folder, self.bounds)
@@ -119,15 +117,10 @@ def _train(cfg: DictConfig, folder: Path) -> float | None:
             out.print(run_table(plan, rows))
         if line := bound_line(rows, record.bounds):
             out.print(line, soft_wrap=True)
-        draw(folder / "curves.png", lambda path: _plot_whole(rows, path, record.bounds))
+        draw(folder / "curves.png", lambda path: plot_run(rows, path, record.bounds))
     finish_run(composed, last)
     list_files(folder, ".hydra", "plan.csv", "bound.csv", "metrics.csv", "curves.png", "checkpoints", FINISHED)
     return last
-
-
-def _plot_whole(rows: Any, path: Path, bounds: list[tuple[float, float]]) -> None:
-    with written_whole(path) as unfinished:
-        plot_run(rows, unfinished, bounds)
 
 
 def only_data(checkpoint: str | None, fit: Callable[..., Any]) -> dict[str, bool]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_bsl.schedules.checks import check_whole
+from lightning_bsl.schedules.files import written_whole
 from lightning_bsl.schedules.functions import Exponential, Schedule
 from lightning_bsl.schedules.joint import JointSchedule
 from lightning_bsl.schedules.progress import Horizon, Progress
@@ -163,9 +164,12 @@ class Plan:
         Args:
             path: The file.
             constants_at: For further columns: returns the optimizer's constants for a batch size, by name.
+
+        Raises:
+            OSError: It cannot be written; what was there before is still there.
         """
         further = [constants_at(stage.batch_size) if constants_at else {} for stage in self.stages]
-        with open(path, "w", newline="") as file:
+        with written_whole(Path(path)) as unfinished, open(unfinished, "w", newline="") as file:
             writer = csv.DictWriter(file, [*(field.name for field in fields(Stage)), *further[0]])
             writer.writeheader()
             writer.writerows({**asdict(stage), **constants} for stage, constants in zip(self.stages, further))

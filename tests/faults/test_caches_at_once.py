@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import Child, before
 
 from harness.broken import tiny_imagenet
+from harness.children import Child, before
 from harness.commands import kill
 from lightning_bsl.data import BatchSizeDataModule
 from lightning_bsl.datasets import PydocTopics, TextFolder, TinyImageNet

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from children import SMALL, before, logged, train_as, train_here, without_figures
 
+from harness.children import SMALL, before, logged, train_as, train_here, without_figures
 from harness.commands import kill
 from harness.files import ROOT, csv_rows
 from lightning_bsl.app.surge_grid import time_left
@@ -35,17 +35,17 @@ def without_seconds(folder: Path) -> list[dict[str, str]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in logged(folder)]
 
 
-def test_a_run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run(whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     jumping(monkeypatch)
     train_here(OPTIONS, tmp_path / "run")
     taken = seconds(tmp_path / "run")
     assert len(taken) > 12 and taken == sorted(taken) and taken[0] >= 0 and taken[-1] <= time.monotonic() - began
-    assert without_seconds(tmp_path / "run") == logged(whole)
+    assert without_seconds(tmp_path / "run") == logged(whole_run)
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_before_it_began(whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_before_it_began(whole_run: Path, tmp_path: Path) -> None:
     """The newest file is then not the last one that was written."""
 
     def prepare() -> None:
@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_before_it_began(whole: Path, tmp_path: Path) -> None
     os.utime(folder / "metrics.csv", (0, 0))
     (folder / "checkpoints" / "last.ckpt").write_bytes(b"")  # so that the times decide
     assert train_as(options, folder).end().code == 0
-    assert without_seconds(folder) == logged(whole)
+    assert without_seconds(folder) == logged(whole_run)
     taken = seconds(folder)
     assert taken == sorted(taken) and taken[0] >= 0
 

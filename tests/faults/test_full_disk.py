@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from children import SMALL, Child, before, limit_files, same, script, train_as, without_figures
 from lightning.pytorch import Trainer
 
+from harness.children import SMALL, Child, before, limit_files, same, script, train_as, without_figures
 from harness.fits import quiet
 from lightning_bsl.app import train
 from lightning_bsl.app.saving import MetricsLogger
@@ -98,14 +98,14 @@ def check(what: str, whole: Path, folder: Path, as_command: bool = False) -> Non
 
 @pytest.mark.quick(what=["checkpoint", "end"])
 @pytest.mark.parametrize("what", FAULTS)
-def test_of_a_run(what: str, whole: Path, tmp_path: Path) -> None:
-    check(what, whole, tmp_path / "run")
+def test_of_a_run(what: str, whole_run: Path, tmp_path: Path) -> None:
+    check(what, whole_run, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "metrics, another column", "configuration", "end"])
-def test_of_a_command(what: str, whole: Path, tmp_path: Path) -> None:
-    check(what, whole, tmp_path / "run", as_command=True)
+def test_of_a_command(what: str, whole_run: Path, tmp_path: Path) -> None:
+    check(what, whole_run, tmp_path / "run", as_command=True)
 
 
 @pytest.mark.parametrize("rows", [[{"a": 1.5}, {"a": 2.5}], [{"a": 1.5}, {"b": 2.5}]], ids=["a row", "another column"])
@@ -244,7 +244,7 @@ def fill(disk: Path, room: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 4096, 16384])
-def test_of_a_checkpoint_on_a_full_file_system(room: int, disk: Path, whole: Path) -> None:
+def test_of_a_checkpoint_on_a_full_file_system(room: int, disk: Path, whole_run: Path) -> None:
     def prepare() -> None:
         without_figures()
         before(Classifier, "on_train_epoch_start", lambda: fill(disk, room), 2)
@@ -258,11 +258,11 @@ def test_of_a_checkpoint_on_a_full_file_system(room: int, disk: Path, whole: Pat
     (disk / "ballast").unlink()
     again = train_as(SMALL, folder).end()
     assert again.code == 0, again.text
-    same(folder, whole)
+    same(folder, whole_run)
 
 
 @pytest.mark.slow
-def test_of_temporary_files(disk: Path, whole: Path, tmp_path: Path) -> None:
+def test_of_temporary_files(disk: Path, whole_run: Path, tmp_path: Path) -> None:
     """A run does not need the folder for temporary files, which is often a small disk of its own."""
 
     def prepare() -> None:
@@ -274,7 +274,7 @@ def test_of_temporary_files(disk: Path, whole: Path, tmp_path: Path) -> None:
 
     ended = train_as(SMALL, tmp_path / "run", prepare).end()
     assert ended.code == 0, ended.text
-    same(tmp_path / "run", whole)
+    same(tmp_path / "run", whole_run)
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from children import Child
 
+from harness.children import Child
 from harness.files import ROOT
 from lightning_bsl.datasets import ELI5Category, TextFolder
 from lightning_bsl.models import distilgpt2

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import SMALL, Child, before, configured, same, train_as, without_figures
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from harness.children import SMALL, Child, before, configured, same, train_as, without_figures
 from harness.commands import kill
 from harness.files import ROOT
 from lightning_bsl.app.train import train
@@ -40,7 +40,7 @@ def kill_worker() -> None:
     "name, call",
     [("training_step", 1), ("training_step", 3), ("training_step", 8), ("validation_step", 1), ("on_train_epoch_end", 1)],
 )
-def test_a_worker_of_the_loader(name: str, call: int, whole: Path, tmp_path: Path) -> None:
+def test_a_worker_of_the_loader(name: str, call: int, whole_run: Path, tmp_path: Path) -> None:
     def prepare() -> None:
         without_figures()
         before(Classifier, name, kill_worker, call)
@@ -53,7 +53,7 @@ def test_a_worker_of_the_loader(name: str, call: int, whole: Path, tmp_path: Pat
     assert cut.code == 1 and re.search(said, cut.text), cut.text
     again = train_as(SMALL, tmp_path / "run").end()  # with workers or without: it is the same run
     assert again.code == 0, again.text
-    same(tmp_path / "run", whole)
+    same(tmp_path / "run", whole_run)
 
 
 # --- one of two processes

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from children import SMALL, train_here
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from harness.children import SMALL, train_here
 from harness.data import own, regression
 from harness.fits import fit, trained
 from harness.modules import Regression

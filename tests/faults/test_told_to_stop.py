@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from children import SMALL, Child, before, same, train_as, without_figures
 
+from harness.children import SMALL, Child, before, same, train_as, without_figures
 from lightning_bsl.models import Classifier
 
 ONE, TWO = signal.SIGINT, signal.SIGTERM
@@ -79,14 +79,14 @@ def test_ctrl_c_after_another_signal_ends_at_once(numbers: list[int], waiting: W
 
 @pytest.mark.quick(numbers=[[ONE, TWO]])
 @pytest.mark.parametrize("numbers, code", [([ONE], 1), ([TWO], 143), ([TWO, TWO], 143), ([ONE, TWO], 143)])
-def test_the_others_end_with_the_step(numbers: list[int], code: int, waiting: Waiting, whole: Path, tmp_path: Path) -> None:
+def test_the_others_end_with_the_step(numbers: list[int], code: int, waiting: Waiting, whole_run: Path, tmp_path: Path) -> None:
     waiting.send(*numbers)
     waiting.go_on.set()
     ended = waiting.child.end()
     assert ended.code == code and "last.ckpt: saved; the same command goes on from here" in ended.text
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert train_as(SMALL, tmp_path / "run").end().code == 0
-    same(tmp_path / "run", whole)
+    same(tmp_path / "run", whole_run)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import pickle
 import random
 import resource
 import shutil
-import signal
 import socket
 import struct
 import sys
@@ -31,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from harness.limits import limited
 from lightning_bsl import BatchSizeDataModule
 from lightning_bsl.datasets import CIFAR10, CIFAR100, ELI5Category, FashionMNIST, TextFolder, TinyImageNet
 from lightning_bsl.datasets.text import train_tokenizer
@@ -850,28 +850,17 @@ MUTANTS = {str(mutant): mutant for mutant in _mutants()}
 # --- guards
 
 
-class Hangs(BaseException):
-    """What takes too long."""
-
-
 @contextmanager
 def guarded(seconds: int = 60, memory: int = 3 << 30) -> Iterator[None]:
     """Let nothing hang, and nobody take more than some bytes beside what this process has."""
-
-    def stop(*_: object) -> None:
-        raise Hangs(f"nothing has come for {seconds} s")
-
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, stop)
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, limits[1]))
-    signal.alarm(seconds)
     try:
-        yield
+        with limited(seconds):
+            yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 

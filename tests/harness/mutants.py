@@ -7,7 +7,6 @@ import json
 import math
 import random
 import re
-import signal
 import string
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -24,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
 from harness.configs import CONF, NEEDED, choices, compose_config
+from harness.limits import Hangs, limited
 
 Command = Literal["train", "plan", "search", "surge_grid"]
 ENTRIES: dict[Command, str] = {
@@ -271,10 +271,6 @@ class Started(BaseException):
     """The first step has been taken."""
 
 
-class Hangs(BaseException):
-    """A mutant takes too long."""
-
-
 @contextmanager
 def fake_start() -> Iterator[None]:
     """For a while, a fit ends after its first backward pass, and no processes are started."""
@@ -299,22 +295,6 @@ def fake_start() -> Iterator[None]:
         for name in ("app.train.plot_run", "app.plan.plot_plan", "app.plan.plot_comparison"):
             stack.enter_context(mock.patch(f"lightning_bsl.{name}", touch))
         yield
-
-
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Interrupt what takes longer."""
-
-    def stop(*_: Any) -> None:
-        raise Hangs
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def begin_job(cfg: DictConfig, folder: Path) -> DictConfig:
